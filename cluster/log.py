@@ -1,0 +1,58 @@
+"""Logging: one set-up for every process, human lines or one JSON object a line, on standard error.
+
+Prompts, answers, documents and secrets are not logged at any level; code that wants to say something about a text
+logs its length or its digest.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+from cluster.config import LoggingConfig
+
+STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+LOUD = ("httpx", "httpcore", "urllib3", "filelock", "sentence_transformers", "pymilvus", "fsspec", "botocore", "s3fs")
+
+
+class JsonFormatter(logging.Formatter):
+    """``{"ts", "level", "logger", "msg", ...}`` with whatever was passed as ``extra=``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        entry: dict[str, Any] = {
+            "ts": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "msg": record.getMessage(),
+        }
+        entry |= {key: value for key, value in vars(record).items() if key not in STANDARD}
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str, ensure_ascii=False)
+
+
+class HumanFormatter(logging.Formatter):
+    """``12:03:55 info  retrieval.ingest: 48 documents read  collection=corvane``."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        extra = " ".join(f"{key}={value}" for key, value in vars(record).items() if key not in STANDARD)
+        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} {record.name}: {record.getMessage()}"
+        if extra:
+            line += f"  {extra}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def setup(config: LoggingConfig) -> None:
+    """Install the one handler; a second call replaces it."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if config.format == "json" else HumanFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(config.level.upper())
+    for name in LOUD:
+        logging.getLogger(name).setLevel(max(logging.WARNING, root.level))

@@ -1,0 +1,120 @@
+"""The Ray connection: the only ``ray.init`` of metier, the capacity of what it connected to, and job submission."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.config import Config, public_dict
+from cluster.errors import Unavailable
+from cluster.resources import Amount
+
+NAMESPACE = "metier"
+CONFIG_FILE = "metier.yaml"
+
+
+@contextlib.contextmanager
+def connect(config: Config) -> Iterator[None]:
+    """Connect to Ray for the length of a ``with``; a local Ray is started here and stopped at its end.
+
+    A local Ray dies with this process, whatever ends it. Nothing is reported to Ray's makers, and its dashboard is
+    not started.
+
+    Raises:
+        Unavailable: ``ray.address`` names a cluster that does not answer.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import ray
+
+    local = config.ray.address == "local"
+    options = {"num_cpus": config.ray.num_cpus, "include_dashboard": False} if local else {}
+    try:
+        ray.init(
+            address=config.ray.address,
+            namespace=NAMESPACE,
+            log_to_driver=config.logging.level == "debug",
+            logging_level=logging.WARNING,
+            **options,
+        )
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        raise Unavailable(
+            f"no Ray cluster answers at ray.address '{config.ray.address}' ({_first_line(error)}); "
+            "start one with `ray start --head`, or set ray.address=local",
+            param="ray.address",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def capacity() -> Amount:
+    """CPUs, GPUs and memory of the connected cluster, free or not."""
+    import ray
+
+    resources = ray.cluster_resources()
+    return Amount(resources.get("CPU", 0.0), resources.get("GPU", 0.0), int(resources.get("memory", 0)))
+
+
+def submit(config: Config, verb: Sequence[str], on_log: Callable[[str], None]) -> str:
+    """Run ``metier VERB`` with this configuration as a Ray job on ``ray.address`` (``http://head:8265``).
+
+    Follows the job's log to its end. The configuration travels with the job, without secrets: those, and the paths
+    in it, are the cluster's. The job joins the cluster it runs on.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        Unavailable: the address does not answer, or the job did not succeed.
+    """
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    with tempfile.TemporaryDirectory(prefix="metier-job-") as directory:
+        Path(directory, CONFIG_FILE).write_text(yaml.safe_dump(_for_cluster(config), allow_unicode=True))
+        try:
+            client = JobSubmissionClient(config.ray.address)
+            job = client.submit_job(
+                entrypoint=shlex.join(["metier", *verb, "--config", CONFIG_FILE, "--set", "ray.address=auto"]),
+                runtime_env={**config.ray.runtime_env, "working_dir": directory},
+            )
+        except (ConnectionError, RuntimeError) as error:
+            raise Unavailable(
+                f"no Ray job server answers at ray.address '{config.ray.address}' ({_first_line(error)}); "
+                "--submit wants the address of the dashboard, for example http://127.0.0.1:8265",
+                param="ray.address",
+            ) from error
+    shown = 0
+    while True:
+        status = client.get_job_status(job)
+        text = client.get_job_logs(job)
+        if len(text) > shown:
+            on_log(text[shown:])
+            shown = len(text)
+        if status.is_terminal():
+            break
+        time.sleep(1.0)
+    if status != JobStatus.SUCCEEDED:
+        raise Unavailable(f"job {job} ended as {status}; its log is above")
+    return str(job)
+
+
+def _for_cluster(config: Config) -> dict[str, Any]:
+    data = public_dict(config)
+    data["store"].pop("token")
+    return data
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

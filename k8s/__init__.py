@@ -1,0 +1,1 @@
+"""metier on Kubernetes: one Helm chart, and training runs rendered from Python."""

@@ -1,0 +1,53 @@
+"""The command line: which verbs there are. Each verb has a file of its own, which imports heavy things in its body."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cluster.errors import exit_codes
+from metier import adapters, ask, check, config, down, evaluate, index, models, quickstart, release, search, status, train, up
+
+EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in exit_codes().items()) + "."
+
+app = typer.Typer(
+    name="metier",
+    help="Turn a general language model into an expert in a trade: fine-tuned, grounded, served, released as one.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    epilog=EPILOG,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"metier {version('metier')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    """Options before the verb."""
+
+
+app.command("quickstart")(quickstart.quickstart)
+app.command("check")(check.check)
+app.command("index")(index.index)
+app.command("search")(search.search)
+app.command("train")(train.train)
+app.command("up")(up.up)
+app.command("down")(down.down)
+app.command("status")(status.status)
+app.command("ask")(ask.ask)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(release.app, name="release")
+app.add_typer(adapters.app, name="adapters")
+app.add_typer(models.app, name="models")
+app.add_typer(config.app, name="config")

@@ -1,0 +1,1 @@
+"""Documents -> chunks -> vectors -> Milvus -> passages -> grounded prompt. Imports only the floor (`cluster`)."""

@@ -1,0 +1,44 @@
+"""The process that :mod:`retrieval.embedded` starts: a milvus-lite server that lives as long as it has users.
+
+Run as ``python -P milvus_child.py DATA_DIR USERS_FILE``, so it imports nothing of metier. Listens on a free loopback
+port and prints it when it is ready. Every user holds a shared lock on USERS_FILE, which the kernel takes back however
+the user ends; once nobody holds it, the server closes its data and leaves. SIGTERM asks for the same at once.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from milvus_lite.adapter.grpc.server import start_server_in_thread
+
+POLL_S = 1.0
+
+
+def main(data_dir: str, users_file: str) -> None:
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    server, database, port = start_server_in_thread(data_dir)
+    sys.stdout.write(f"{port}\n")
+    sys.stdout.flush()
+    with Path(users_file).open("rb") as users:
+        while not stop.wait(POLL_S) and _in_use(users.fileno()):
+            pass
+        # Still locked if nobody uses us: a newcomer waits until we are gone, and then starts a server of its own.
+        server.stop(grace=2).wait()
+        database.close()
+
+
+def _in_use(users: int) -> bool:
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""HTTP -> retrieve -> prompt -> generate -> cite. Never imports training: their contract is the registry."""

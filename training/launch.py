@@ -1,0 +1,111 @@
+"""One training run on Ray Train: worker group, failure policy, checkpoints, and its events back to the caller."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Config, to_json
+from cluster.errors import MetierError, Unavailable
+
+Event = dict[str, Any]
+
+
+def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event], None]) -> Any:
+    """Run the workers until they are done; Ray must be connected.
+
+    Args:
+        run: name of the run; a second launch under this name goes on from its last checkpoint.
+        dataset: path of the grounded rows in storage.
+        on_event: called in this process, in order, with what rank 0 logs.
+
+    Returns:
+        The final ``ray.train.Checkpoint``: a directory with the PEFT files.
+
+    Raises:
+        MetierError: the workers failed; the first error a worker raised, unchanged if it was ours.
+    """
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.queue import Queue
+
+    from training.sft import train_worker
+
+    training = config.training
+    on_gpu = training.gpus_per_worker > 0
+    events = Queue(actor_options={"num_cpus": 0})
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={"config": to_json(config), "dataset": dataset, "events": events},
+        scaling_config=ScalingConfig(
+            num_workers=training.workers,
+            use_gpu=on_gpu,
+            resources_per_worker={"CPU": training.cpus_per_worker, **({"GPU": training.gpus_per_worker} if on_gpu else {})},
+        ),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        run_config=RunConfig(
+            name=run,
+            storage_path=storage_path(config),
+            failure_config=FailureConfig(max_failures=training.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+        ),
+    )
+    with _Pump(events, on_event):
+        try:
+            result = trainer.fit()
+        except Exception as error:
+            raise _cause(error) from error
+    if result.checkpoint is None:
+        raise Unavailable(f"run {run} ended without a checkpoint; its logs are under {storage_path(config)}/{run}")
+    return result.checkpoint
+
+
+def storage_path(config: Config) -> str:
+    """Where Ray Train keeps the runs: a directory or URL that all nodes reach."""
+    url = config.storage.url.rstrip("/")
+    return f"{url}/runs" if "://" in url else str(Path(url) / "runs")
+
+
+class _Pump:
+    """Moves events from the workers' queue to a callback while a run lasts."""
+
+    def __init__(self, queue: Any, on_event: Callable[[Event], None]) -> None:
+        self.queue, self.on_event = queue, on_event
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="metier-train-events", daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join(timeout=10)
+        self.queue.shutdown(force=True)
+
+    def _run(self) -> None:
+        from ray.util.queue import Empty
+
+        while True:
+            ending = self.done.is_set()
+            try:
+                self.on_event(self.queue.get(timeout=0.5))
+            except Empty:
+                if ending:
+                    return
+
+
+def _cause(error: Exception) -> MetierError:
+    """The error of ours somewhere below a Ray Train failure, or the failure in a sentence."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for failure in [*failures.values(), error]:
+        seen: BaseException | None = failure
+        while seen is not None:
+            inner = getattr(seen, "cause", None)
+            for candidate in (seen, inner):
+                if isinstance(candidate, MetierError):
+                    return candidate
+            seen = seen.__cause__
+    last = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+    return Unavailable(f"training failed: {last}")

@@ -1,0 +1,120 @@
+"""Training rows and held-out questions: their shape on disk, and the sentence for a row that has another.
+
+A row is a conversation and where its last answer stands in the documents::
+
+    {"id": "t1", "kind": "single",
+     "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "18.50 crowns"}],
+     "evidence": [{"document": "tariff-r1", "quote": "A trailer costs 18.50 crowns."}]}
+
+The last assistant message is the reference answer, without citation marks. Empty evidence and an empty reference
+mean that the documents hold no answer. Other shapes, and cleaning, are not covered here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.errors import BadInput, NotFound
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Message(_Strict):
+    role: Literal["user", "assistant", "system"]
+    content: str
+
+
+class Evidence(_Strict):
+    """Where an answer stands: a quote that occurs in the document, white space aside."""
+
+    document: str
+    quote: str = Field(min_length=1)
+
+
+class Row(_Strict):
+    """One conversation with a reference for its last answer."""
+
+    id: str = Field(min_length=1)
+    kind: Literal["single", "two", "none", "multi"] = "single"
+    """One document, two documents, not answerable, or a follow-up question; for reports only."""
+    language: str = "en"
+    messages: tuple[Message, ...] = Field(min_length=2)
+    evidence: tuple[Evidence, ...] = ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if [message.role for message in self.messages[-2:]] != ["user", "assistant"]:
+            raise ValueError("messages must end with a user message and the assistant's reference answer")
+        if self.answerable and not self.reference.strip():
+            raise ValueError("the reference answer is empty although evidence is given")
+        return self
+
+    @property
+    def answerable(self) -> bool:
+        return bool(self.evidence)
+
+    @property
+    def reference(self) -> str:
+        return self.messages[-1].content
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """All messages but the reference, as a client would send them."""
+        return [{"role": message.role, "content": message.content} for message in self.messages[:-1]]
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(evidence.document for evidence in self.evidence))
+
+
+def read_rows(files: Sequence[str | Path]) -> list[Row]:
+    """All rows of JSONL `files`, in order.
+
+    Raises:
+        NotFound: a file is missing.
+        BadInput: a row is not of the shape above, or an id occurs twice; the message lists every bad row (at most
+            ten) as ``file:line: field: what is wrong``.
+    """
+    rows: list[Row] = []
+    problems: list[str] = []
+    seen: dict[str, str] = {}
+    for name in files:
+        file = Path(name)
+        if not file.is_file():
+            raise NotFound(f"{file}: no such file; data.train and data.heldout list the JSONL files to read", param=str(file))
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            at = f"{file}:{number}"
+            try:
+                row = Row.model_validate_json(line)
+            except ValidationError as error:
+                first = error.errors()[0]
+                field = ".".join(str(part) for part in first["loc"]) or "row"
+                problems.append(f"{at}: {field}: {first['msg'].removeprefix('Value error, ')}")
+                continue
+            if row.id in seen:
+                problems.append(f"{at}: id: '{row.id}' was already used at {seen[row.id]}")
+            seen[row.id] = at
+            rows.append(row)
+    if problems:
+        more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise BadInput("\n".join(problems[:10]) + more, param=problems[0].split(":")[0])
+    return rows
+
+
+def digest(rows: Iterable[BaseModel]) -> str:
+    """Content hash of rows in their order: the dataset's version."""
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(json.dumps(row.model_dump(mode="json"), sort_keys=True, ensure_ascii=False).encode())
+        total.update(b"\n")
+    return total.hexdigest()
