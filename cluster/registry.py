@@ -365,7 +365,7 @@ def _select(ref: str, selector: str | None, entries: list[Entry], aliases: Itera
 def _parse_ref(ref: str, noun: str) -> tuple[str, str | None]:
     name, at, selector = ref.partition("@")
     _check_slug(name, noun)
-    if at and not re.fullmatch(SLUG, selector):
+    if at and not (re.fullmatch(SLUG, selector) or PREFIX.fullmatch(selector)):
         raise BadInput(f"'{ref}' is not a reference; write name, name@3 or name@<digest>")
     return name, selector or None
 
@@ -373,7 +373,7 @@ def _parse_ref(ref: str, noun: str) -> tuple[str, str | None]:
 def _check_slug(name: str, noun: str) -> None:
     if not re.fullmatch(SLUG, name):
         raise BadInput(
-            f"'{name}' cannot be the name of an {noun}; use lower-case letters, digits, '.', '_' and '-'", param="name"
+            f"'{name}' is no valid {noun} name; use lower-case letters, digits, '.', '_' and '-'", param="name"
         )
 
 

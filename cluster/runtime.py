@@ -19,6 +19,15 @@ from cluster.errors import Unavailable
 from cluster.resources import Amount
 
 NAMESPACE = "metier"
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Environment of our processes: nobody is told that we run, and libraries do not chat on our terminal."""
 CONFIG_FILE = "metier.yaml"
 
 
@@ -32,9 +41,8 @@ def connect(config: Config) -> Iterator[None]:
     Raises:
         Unavailable: ``ray.address`` names a cluster that does not answer.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     import ray
 
     local = config.ray.address == "local"

@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -29,6 +30,8 @@ from cluster.materialize import is_disk_full
 CLIENTS = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google")
 """Packages whose exceptions mean that an object store did not do what it was asked."""
 PROBE = ".metier-exclusive"
+CONFLICT_WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
+"""Seconds between tries while S3 answers that another creation of the same path is under way (409)."""
 
 
 class Storage:
@@ -153,10 +156,24 @@ class Storage:
                         _write_durably(temporary, data)
                         _link(temporary, target)
                 else:
-                    self.fs.pipe_file(target, data, mode="create")
+                    return self._create_object(target, data)
             except FileExistsError:
                 return False
         return True
+
+    def _create_object(self, target: str, data: bytes) -> bool:
+        for wait in (*CONFLICT_WAITS, None):
+            try:
+                self.fs.pipe_file(target, data, mode="create")
+                return True
+            except OSError as error:
+                code = _s3_code(error)
+                if code in ("PreconditionFailed", "412"):  # s3fs knows only the wording of AWS as FileExistsError.
+                    return False
+                if code not in ("ConditionalRequestConflict", "409") or wait is None:
+                    raise
+                time.sleep(wait)
+        raise AssertionError("the last round returns or raises")
 
     def _check_exclusive(self) -> None:
         """Once for each object: a store that takes a second creation for a write would lose versions in silence."""
@@ -170,8 +187,7 @@ class Storage:
 
     def _check_bucket(self, error: BaseException) -> None:
         """s3fs reports a missing bucket like a missing object; only the latter is an ordinary answer."""
-        response = getattr(error.__cause__, "response", {})
-        if response.get("Error", {}).get("Code") == "NoSuchBucket":
+        if _s3_code(error) == "NoSuchBucket":
             raise Unavailable(f"{self.url}: the bucket does not exist; create it or correct storage.url") from error
 
     @contextmanager
@@ -188,6 +204,12 @@ class Storage:
             if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in CLIENTS:
                 raise Unavailable(f"{self.url}: {_reason(error)}") from error
             raise
+
+
+def _s3_code(error: BaseException) -> str:
+    """The error code S3 answered with, under what s3fs made of it; empty for other errors."""
+    response = getattr(error.__cause__, "response", {})
+    return str(response.get("Error", {}).get("Code", ""))
 
 
 def _reason(error: Exception) -> str:

@@ -7,6 +7,7 @@ ones fits. What a chunk is embedded as is decided here (:func:`embedding_text`).
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -38,7 +39,7 @@ class Embeds(Protocol):
 
 
 class Embedder:
-    """One loaded model. Thread-safe for reading as far as torch is; load one per process."""
+    """One loaded model; load one per process. Thread-safe: a fast tokenizer is not, so one call runs at a time."""
 
     def __init__(self, directory: Path, config: EmbedderConfig) -> None:
         from sentence_transformers import SentenceTransformer
@@ -49,6 +50,7 @@ class Embedder:
         own_limit = self._model.max_seq_length or config.max_tokens
         self._model.max_seq_length = min(own_limit, config.max_tokens)
         self._batch_tokens = config.batch_tokens
+        self._lock = threading.RLock()
         self.fingerprint = _digest(directory)
         """Names the model by content, wherever it came from; a collection remembers whose vectors it holds."""
 
@@ -59,7 +61,8 @@ class Embedder:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of `text` without the special ones around it, and without the limit of the model."""
-        return len(self._model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        with self._lock:
+            return len(self._model.tokenizer.encode(text, add_special_tokens=False, verbose=False))
 
     def embed(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
         """float32 ``[len(texts), dimension]``, L2-normalized, in the order of `texts`.
@@ -69,13 +72,14 @@ class Embedder:
         """
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         encode = self._model.encode_query if query else self._model.encode_document
-        for batch in self._batches(texts):
-            vectors[batch] = encode(
-                [texts[index] for index in batch],
-                batch_size=len(batch),
-                normalize_embeddings=True,
-                show_progress_bar=False,
-            )
+        with self._lock:
+            for batch in self._batches(texts):
+                vectors[batch] = encode(
+                    [texts[index] for index in batch],
+                    batch_size=len(batch),
+                    normalize_embeddings=True,
+                    show_progress_bar=False,
+                )
         return vectors
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[int]]:

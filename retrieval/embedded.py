@@ -15,9 +15,10 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,8 +32,6 @@ EMBEDDED = "embedded"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
 CHILD = Path(__file__).with_name("milvus_child.py")
-_children: list[subprocess.Popen[bytes]] = []
-"""Servers that this process started. They may outlive their ``with`` block, for another user; kept to be reaped."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,23 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def runs(self) -> bool:
+        """Whether the process is there and may still hold its files."""
         try:
             process = psutil.Process(self.pid)
-            return bool(process.create_time() == self.created and process.status() != psutil.STATUS_ZOMBIE)
+            if process.create_time() != self.created:
+                return False
+            # A zombie whose other threads are still dying has not let go of the data directory yet.
+            return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
         except psutil.NoSuchProcess:
             return False
 
     def stop(self) -> None:
         """End the process and wait until it has; by force if it does not go."""
         for number in (signal.SIGTERM, signal.SIGKILL):
+            if not self.runs():
+                return
             deadline = time.monotonic() + STOP_TIMEOUT_S
-            if self.runs():
+            with suppress(ProcessLookupError):
                 os.kill(self.pid, number)
             while self.runs() and time.monotonic() < deadline:
                 time.sleep(0.02)
@@ -109,7 +114,8 @@ def _start(data_dir: Path, users_file: str) -> Server:
             stderr=log,
             start_new_session=True,  # Ctrl-C in the terminal is for us; we stop the server when we are done
         )
-    _children.append(child)
+    # It may outlive our interest in it, for another user; whoever ends it, it is reaped.
+    threading.Thread(target=child.wait, name="milvus-reaper", daemon=True).start()
     assert child.stdout is not None
     with child.stdout as stdout:
         ready, _, _ = select.select([stdout], [], [], START_TIMEOUT_S)
@@ -135,8 +141,6 @@ def _leave(users: int, data_dir: Path) -> None:
     if server := running(data_dir):
         server.stop()
     _state(data_dir).unlink(missing_ok=True)
-    for child in _children:
-        child.poll()
 
 
 @contextmanager

@@ -68,7 +68,8 @@ def ingest(
 ) -> IngestReport:
     """Bring the collection ``config.knowledge.name`` in line with the directory ``config.knowledge.documents``.
 
-    Only rows of ``config.knowledge.tenant`` are compared and replaced. Running it again changes nothing.
+    Only rows of ``config.knowledge.tenant`` are compared and replaced. Running it again changes nothing. A file that
+    cannot be read counts as removed, and is among the report's problems.
 
     Raises:
         NotFound: the directory is not set, not there, or holds no readable document: far more often a volume that is

@@ -8,6 +8,7 @@ the user ends; once nobody holds it, the server closes its data and leaves. SIGT
 from __future__ import annotations
 
 import fcntl
+import os
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ def main(data_dir: str, users_file: str) -> None:
     server, database, port = start_server_in_thread(data_dir)
     sys.stdout.write(f"{port}\n")
     sys.stdout.flush()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # nobody reads the pipe any more; what else is printed is logged
     with Path(users_file).open("rb") as users:
         while not stop.wait(POLL_S) and _in_use(users.fileno()):
             pass

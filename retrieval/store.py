@@ -3,7 +3,8 @@
 Each knowledge name is a Milvus *alias* of a physical collection, so that re-embedding can fill a new collection and
 move the alias. Rows are versioned (``born <= v < died``) and carry who may read them; conditions arrive as
 :mod:`retrieval.filters`, never as text. Reads are strongly consistent: what a registry entry makes visible is there.
-Needs nothing beyond Milvus 2.5 or milvus-lite 3.2. Not covered: moving the alias, creating databases and users.
+Uses what Milvus 2.5 and milvus-lite 3.2 both offer (of these, tests run the latter). Not covered: moving the alias,
+creating databases and users.
 """
 
 from __future__ import annotations

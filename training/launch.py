@@ -85,6 +85,7 @@ class _Pump:
         self.queue.shutdown(force=True)
 
     def _run(self) -> None:
+        from ray.exceptions import RayError
         from ray.util.queue import Empty
 
         while True:
@@ -94,6 +95,8 @@ class _Pump:
             except Empty:
                 if ending:
                     return
+            except RayError:  # Ray is going down; the run's own error says why
+                return
 
 
 def _cause(error: Exception) -> MetierError:

@@ -35,6 +35,8 @@ def train_worker(spec: dict[str, Any]) -> None:
     from ray.train import Checkpoint
     from trl import SFTTrainer
 
+    from training.loss import AnswerLossTrainer
+
     config = from_json(spec["config"])
     directory = resolve(config.base, config.models_cache)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
@@ -42,12 +44,13 @@ def train_worker(spec: dict[str, Any]) -> None:
     encoded = encode(rows, tokenizer, config.training.max_tokens)
 
     with tempfile.TemporaryDirectory(prefix="metier-train-") as scratch:
-        trainer = SFTTrainer(
+        kind = SFTTrainer if config.training.gpus_per_worker > 0 else AnswerLossTrainer
+        trainer = kind(
             model=load_with_lora(config, directory),
             args=_arguments(config, scratch),
             train_dataset=Dataset.from_list([dict(row) for row in encoded]),
             processing_class=tokenizer,
-            callbacks=_callbacks(spec["events"], encoded, config),
+            callbacks=_callbacks(spec["events"], encoded),
         )
         trainer.model.enable_input_require_grads()
         checkpoint = ray.train.get_checkpoint()
@@ -104,7 +107,7 @@ def _arguments(config: Config, scratch: str) -> Any:
     )
 
 
-def _callbacks(events: Any, encoded: list[Encoded], config: Config) -> list[Any]:
+def _callbacks(events: Any, encoded: list[Encoded]) -> list[Any]:
     import ray.train
     from ray.train import Checkpoint
     from transformers import TrainerCallback
@@ -115,18 +118,17 @@ def _callbacks(events: Any, encoded: list[Encoded], config: Config) -> list[Any]
 
         def __init__(self) -> None:
             self.started = 0.0
-            self.first_step = 0
+            self.first_epoch = 0.0
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.started = time.monotonic()
-            self.first_step = state.global_step
+            self.first_epoch = state.epoch or 0.0
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
             if not state.is_world_process_zero or not logs or "loss" not in logs:
                 return
             seconds = time.monotonic() - self.started
-            share = (state.global_step - self.first_step) / max(1, state.max_steps)
-            seen = share * config.training.epochs * tokens(encoded) if config.training.max_steps is None else 0.0
+            seen = (state.epoch - self.first_epoch) * tokens(encoded)
             events.put(
                 {
                     "step": state.global_step,

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import botocore.exceptions
 import fsspec
 import pytest
 
@@ -233,6 +234,43 @@ def test_a_store_that_overwrites_instead_of_refusing_is_noticed(
         storage.create("a", b"1")
 
 
+@pytest.mark.parametrize("code", ["PreconditionFailed", "412"])
+def test_a_refusal_in_other_words_than_those_of_aws_is_understood(
+    s3: dict[str, Any], monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    fsspec.filesystem("s3", **s3).mkdir(f"words-{code.lower()}")
+    storage = Storage(f"s3://words-{code.lower()}", s3)
+    assert storage.create("a", b"1")
+    monkeypatch.setattr(storage.fs, "pipe_file", Answers(code))
+    assert not storage.create("b", b"1")
+
+
+def test_a_conflict_on_s3_is_asked_again(s3: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("s3", **s3).mkdir("conflicts")
+    storage = Storage("s3://conflicts", s3)
+    assert storage.create("a", b"1")
+    answers = Answers("ConditionalRequestConflict", "ConditionalRequestConflict")
+    monkeypatch.setattr(storage.fs, "pipe_file", answers)
+    assert storage.create("b", b"1")
+    assert answers.codes == []
+    monkeypatch.setattr("cluster.storage.CONFLICT_WAITS", (0.0,))
+    monkeypatch.setattr(storage.fs, "pipe_file", Answers(*["ConditionalRequestConflict"] * 2))
+    with pytest.raises(Unavailable, match="s3://conflicts"):
+        storage.create("b", b"1")
+
+
+class Answers:
+    """A ``pipe_file`` that fails as s3fs does, once with each of `codes`."""
+
+    def __init__(self, *codes: str) -> None:
+        self.codes = list(codes)
+
+    def __call__(self, path: str, data: bytes, mode: str) -> None:
+        if self.codes:
+            cause = botocore.exceptions.ClientError({"Error": {"Code": self.codes.pop(0)}}, "PutObject")
+            raise OSError(22, "refused") from cause
+
+
 # -- adapters ----------------------------------------------------------------------------------------------------
 
 
@@ -422,24 +460,35 @@ def test_an_answer_lost_on_the_way_does_not_append_twice(registry: Registry, mon
     assert registry.knowledge_head("docs") == 2
 
 
+def test_a_twin_that_came_between_looking_and_writing_is_noticed(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = registry.log("twins")
+    assert log.append({"digest": "a"}, unique="digest") == 1
+    monkeypatch.setattr(log, "entries", list)  # What it saw before the other wrote.
+    assert log.append({"digest": "a"}, unique="digest") == 1
+    assert log.append({"digest": "b"}, unique="digest") == 2
+    assert log.head() == 2
+
+
 # -- several processes, and processes that die -------------------------------------------------------------------
 
 
 def test_racing_appenders_lose_nothing_and_leave_no_gap(registry: Registry) -> None:
-    body = "print(json.dumps([registry.knowledge_append('docs', {'by': arguments[0], 'n': n}) for n in range(6)]))"
-    numbers = [json.loads(out) for out in race([start(registry.storage, body, str(k)) for k in range(4)])]
+    body = "print(json.dumps([registry.knowledge_append('docs', {'by': arguments[0], 'n': n}) for n in range(8)]))"
+    numbers = [json.loads(out) for out in race([start(registry.storage, body, str(k)) for k in range(3)])]
     assert sorted(n for mine in numbers for n in mine) == list(range(1, 25))
     entries = registry.knowledge_entries("docs")
     for by, mine in enumerate(numbers):
         assert mine == sorted(mine)
-        assert [(entries[n - 1]["by"], entries[n - 1]["n"]) for n in mine] == [(str(by), n) for n in range(6)]
+        assert [(entries[n - 1]["by"], entries[n - 1]["n"]) for n in mine] == [(str(by), n) for n in range(8)]
 
 
 def test_racing_publishers_of_the_same_content_make_one_version(registry: Registry, tmp_path: Path) -> None:
     body = (
         "print(registry.publish_adapter('shop', Path(arguments[0]), AdapterCard.model_validate_json(arguments[1])).ref)"
     )
-    same = [start(registry.storage, body, str(adapter(tmp_path / "same")), CARD.model_dump_json()) for _ in range(3)]
+    same = [start(registry.storage, body, str(adapter(tmp_path / "same")), CARD.model_dump_json()) for _ in range(2)]
     other = start(registry.storage, body, str(adapter(tmp_path / "other", seed=1)), CARD.model_dump_json())
     *refs, different = race([*same, other])
     assert len(set(refs)) == 1

@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,17 @@ def test_vectors_are_unit_in_order_and_independent_of_the_batch(directory: Path)
     question = embedder.embed(["When does the boat sail?"], query=True)[0]
     assert int(np.argmax(together @ question)) == 0
     assert embedder.embed([]).shape == (0, embedder.dimension)
+
+
+def test_threads_do_not_disturb_each_other(directory: Path) -> None:
+    embedder = Embedder(directory, EmbedderConfig())
+    texts = ["ferry " * (1 + number * 7 % 60) + str(number) for number in range(32)]
+    expected = embedder.embed(texts)
+    with ThreadPoolExecutor(8) as pool:
+        counts = pool.map(embedder.count_tokens, texts * 4)
+        found = list(pool.map(lambda text: embedder.embed([text])[0], texts))
+    assert np.allclose(found, expected, atol=1e-4)
+    assert list(counts) == [embedder.count_tokens(text) for text in texts] * 4
 
 
 def test_text_over_the_limit_is_cut_and_still_counted_in_full(directory: Path) -> None:
