@@ -1,0 +1,201 @@
+"""The HTTP routes: OpenAI's shapes in and out, server-sent events, one place where errors become statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from datetime import datetime
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from cluster.errors import BadInput, MetierError, ModelNotFound
+from serving.answer import Done, Found, Part, Question, Text
+from serving.names import Served
+from serving.openai import ChatRequest, annotations, chunk, completion, context, error_body, sse
+from serving.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+def routes(pipeline: Pipeline) -> FastAPI:
+    """The application over `pipeline`."""
+    api = FastAPI(title="metier", docs_url=None, redoc_url=None)
+    api.add_exception_handler(MetierError, _refuse)
+    api.add_exception_handler(RequestValidationError, _refuse_body)
+    api.add_exception_handler(Exception, _refuse_unknown)
+
+    @api.post("/v1/chat/completions", response_model=None)
+    async def chat(body: ChatRequest, request: Request) -> JSONResponse | StreamingResponse:
+        question = await asyncio.to_thread(pipeline.question, body, _request_id(request))
+        if body.stream:
+            parts = await _started(pipeline.parts(question))
+            usage = bool(body.stream_options and body.stream_options.include_usage)
+            return StreamingResponse(
+                _events(question, parts, usage),
+                media_type="text/event-stream",
+                headers=STREAM_HEADERS | _headers(question),
+            )
+        return JSONResponse(await _whole(question, pipeline.parts(question)), headers=_headers(question))
+
+    @api.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        served = await asyncio.to_thread(lambda: list(pipeline.names.list()))
+        return {"object": "list", "data": [_model(entry) for entry in served]}
+
+    @api.get("/v1/models/{model:path}")
+    async def model(model: str) -> dict[str, Any]:
+        served = await asyncio.to_thread(lambda: list(pipeline.names.list()))
+        for entry in served:
+            if entry.id == model:
+                return _model(entry)
+        raise ModelNotFound(f"model '{model}' is not there; GET /v1/models lists what is", param="model")
+
+    @api.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    return api
+
+
+async def _whole(question: Question, parts: AsyncIterator[Part]) -> dict[str, Any]:
+    found, done = Found(()), None
+    async for part in parts:
+        if isinstance(part, Found):
+            found = part
+        elif isinstance(part, Done):
+            done = part
+    assert done is not None, "an answer ends with Done or raises"
+    _log(question, done)
+    return completion(
+        question.request_id,
+        question.resolved.model,
+        done.text,
+        done.finish_reason,
+        citations=done.citations,
+        passages=found.passages,
+        usage=_usage(done),
+        metier=_metier(question, found, done),
+    )
+
+
+async def _events(question: Question, parts: AsyncIterator[Part], include_usage: bool) -> AsyncIterator[str]:
+    """Role and citations, text, annotations with the finish reason, usage, ``[DONE]``; or an error and no ``[DONE]``."""
+    created = int(time.time())
+    found = Found(())
+    usage: dict[str, Any] = {"usage": None} if include_usage else {}
+
+    def event(delta: dict[str, Any] | None, finish: str | None = None, **extra: Any) -> str:
+        return sse(chunk(question.request_id, question.resolved.model, created, delta, finish, **(usage | extra)))
+
+    try:
+        async for part in parts:
+            if isinstance(part, Found):
+                found = part
+                yield event({"role": "assistant", "content": "", "context": context(part.passages)})
+            elif isinstance(part, Text):
+                yield event({"content": part.text})
+            else:
+                metier = _metier(question, found, part)
+                yield event({"annotations": annotations(part.citations)}, part.finish_reason, metier=metier)
+                if include_usage:
+                    yield event(None, usage=_usage(part))
+                _log(question, part)
+        yield sse("[DONE]")
+    except MetierError as error:
+        yield sse(error_body(error))
+
+
+async def _started(parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
+    """`parts` with its first part already there, so that what fails before it still gets a status of its own."""
+    first = await anext(parts)
+
+    async def chained() -> AsyncIterator[Part]:
+        async with aclosing(parts):  # type: ignore[type-var]
+            yield first
+            async for part in parts:
+                yield part
+
+    return chained()
+
+
+async def _refuse(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, MetierError)
+    headers = {"Retry-After": "1"} if error.http_status in (429, 503) else None
+    return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
+
+
+async def _refuse_body(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    if first["type"] == "extra_forbidden":
+        problem = BadInput(f"unknown field '{param}'; remove it", param=param)
+    else:
+        problem = BadInput(f"{param or 'body'}: {first['msg']}", param=param)
+    return await _refuse(request, problem)
+
+
+async def _refuse_unknown(request: Request, error: Exception) -> JSONResponse:
+    log.error("request failed", exc_info=error)
+    return await _refuse(request, MetierError("something went wrong on the server; its log has the details"))
+
+
+def _log(question: Question, done: Done) -> None:
+    log.info(
+        "answered",
+        extra={
+            "request_id": question.request_id,
+            "model": question.resolved.model,
+            "declined": done.declined,
+            "prompt_tokens": done.prompt_tokens,
+            "completion_tokens": done.completion_tokens,
+            **{f"{stage}_s": round(value, 4) for stage, value in done.seconds.items()},
+        },
+    )
+
+
+def _request_id(request: Request) -> str:
+    return request.headers.get("x-request-id") or f"chatcmpl-{uuid.uuid4().hex}"
+
+
+def _headers(question: Question) -> dict[str, str]:
+    release = question.resolved.release
+    return {"x-request-id": question.request_id} | ({"x-metier-release": release} if release else {})
+
+
+def _usage(done: Done) -> dict[str, int]:
+    return {
+        "prompt_tokens": done.prompt_tokens,
+        "completion_tokens": done.completion_tokens,
+        "total_tokens": done.prompt_tokens + done.completion_tokens,
+    }
+
+
+def _metier(question: Question, found: Found, done: Done) -> dict[str, Any]:
+    return {
+        "release": question.resolved.release,
+        "adapter": question.resolved.adapter,
+        "knowledge": {"name": question.knowledge, "version": question.version} if question.knowledge else None,
+        "chunks": [passage.chunk_id for passage in found.passages],
+        "declined": done.declined,
+        "seconds": {stage: round(value, 4) for stage, value in done.seconds.items()},
+    }
+
+
+def _model(entry: Served) -> dict[str, Any]:
+    return {
+        "id": entry.id,
+        "object": "model",
+        "created": int(datetime.fromisoformat(entry.created).timestamp()) if entry.created else 0,
+        "owned_by": "metier",
+        "root": entry.root,
+        "parent": entry.parent,
+    }

@@ -1,0 +1,79 @@
+"""The pipeline behind the HTTP routes: a request and its principal -> a settled question -> parts of an answer.
+
+Knows the registry and the tokenizer, and two functions to retrieve and to generate; neither Ray nor HTTP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from cluster.config import Config
+from cluster.errors import BadInput
+from cluster.registry import Registry
+from retrieval.prompt import Tokenizer
+from retrieval.types import Principal
+from serving.answer import Generate, Part, Question, Retrieve, answer
+from serving.engine.base import Sampling
+from serving.names import Names, Resolved
+from serving.openai import ChatRequest, Rag
+
+
+class Pipeline:
+    """Answers chat requests for one configuration."""
+
+    def __init__(
+        self,
+        config: Config,
+        registry: Registry,
+        names: Names,
+        tokenizer: Tokenizer,
+        retrieve: Retrieve,
+        generate: Generate,
+    ) -> None:
+        self.config, self.registry, self.names, self.tokenizer = config, registry, names, tokenizer
+        self.retrieve, self.generate = retrieve, generate
+
+    def question(self, body: ChatRequest, request_id: str) -> Question:
+        """Settle everything about a request that names and the registry decide; reads storage, so call it in a thread.
+
+        Raises:
+            ModelNotFound, Mismatch, BadInput: as :class:`serving.names.Names` and the knowledge asked for say.
+        """
+        resolved = self.names.resolve(body.model)
+        knowledge, version = self._knowledge(body.rag, resolved)
+        return Question(
+            request_id=request_id,
+            conversation=body.conversation,
+            sampling=Sampling(
+                body.answer_tokens or self.config.serving.max_tokens, body.temperature, body.top_p, body.seed
+            ),
+            principal=Principal(self.config.knowledge.tenant, self.config.knowledge.groups),
+            resolved=resolved,
+            knowledge=knowledge,
+            version=version,
+            top_k=body.rag.top_k if body.rag else None,
+        )
+
+    async def parts(self, question: Question) -> AsyncIterator[Part]:
+        """The answer, part by part; see :func:`serving.answer.answer`."""
+        stream = answer(
+            question, self.retrieve, self.generate, self.tokenizer, self.config.base.context_tokens
+        )
+        async with aclosing(stream):
+            async for part in stream:
+                yield part
+
+    def _knowledge(self, rag: Rag | None, resolved: Resolved) -> tuple[str | None, int]:
+        """Collection and version to search: what the request's ``rag`` says, or else the release."""
+        pinned = resolved.knowledge
+        if (rag is None and pinned is None) or (rag is not None and not rag.enabled):
+            return None, 0
+        default = pinned.name if pinned else self.config.knowledge.name
+        name = (rag.knowledge if rag else None) or default
+        if pinned is not None and name == pinned.name and pinned.version != "head":
+            return name, int(pinned.version)
+        version = self.registry.knowledge_head(name)
+        if version == 0:
+            raise BadInput(f"knowledge '{name}' is empty or not there; run `metier index`", param="rag.knowledge")
+        return name, version
