@@ -154,7 +154,9 @@ class KnowledgeConfig(Section):
     @model_validator(mode="after")
     def _check_overlap(self) -> Self:
         if self.overlap_tokens * 2 > self.chunk_tokens:
-            raise ValueError(f"overlap_tokens ({self.overlap_tokens}) must be at most half of chunk_tokens ({self.chunk_tokens})")
+            raise ValueError(
+                f"overlap_tokens ({self.overlap_tokens}) must be at most half of chunk_tokens ({self.chunk_tokens})"
+            )
         return self
 
 
@@ -167,7 +169,7 @@ class RetrievalConfig(Section):
     """Passages given to the generator."""
     candidates: int = Field(20, ge=1, le=1000)
     """Rows asked of each side before fusion."""
-    min_score: float = Field(0.25, ge=-1, le=1)
+    min_score: float = Field(0.3, ge=-1, le=1)
     """Cosine similarity the best dense candidate must reach; below it the answer declines. Not used by `bm25`, which has no such scale."""
 
     @model_validator(mode="after")
@@ -310,7 +312,9 @@ class ServingConfig(Section):
     @model_validator(mode="after")
     def _check_bind(self) -> Self:
         if self.host not in ("127.0.0.1", "localhost", "::1"):
-            raise ValueError(f"host {self.host} is open to others and this version has no authentication; use 127.0.0.1 and put an authenticating proxy before it")
+            raise ValueError(
+                f"host {self.host} is open to others and this version has no authentication; use 127.0.0.1 and put an authenticating proxy before it"
+            )
         return self
 
 
@@ -383,7 +387,9 @@ class Config(Section):
 # -- loading -----------------------------------------------------------------------------------------------------
 
 
-def load(file: str | Path | None = None, overrides: Sequence[str] = (), *, environ: Mapping[str, str] = os.environ) -> Config:
+def load(
+    file: str | Path | None = None, overrides: Sequence[str] = (), *, environ: Mapping[str, str] = os.environ
+) -> Config:
     """Load a configuration: defaults, then `file`, then `overrides` (``"training.epochs=3"``; values are YAML).
 
     Local paths become absolute (relative ones count from the working directory).
@@ -400,7 +406,10 @@ def load(file: str | Path | None = None, overrides: Sequence[str] = (), *, envir
         _apply(data, override)
     token = environ.get(MILVUS_TOKEN_VARIABLE)
     if _get(data, ("store", "token")) is not None:
-        raise ConfigError(f"store.token: secrets do not belong in a file or on a command line; set {MILVUS_TOKEN_VARIABLE} instead", param="store.token")
+        raise ConfigError(
+            f"store.token: secrets do not belong in a file or on a command line; set {MILVUS_TOKEN_VARIABLE} instead",
+            param="store.token",
+        )
     try:
         config = Config.model_validate(data)
         if token:
@@ -537,4 +546,4 @@ def _is_local_path(annotation: Any, metadata: Sequence[Any] = ()) -> bool:
 
 
 def _abspath(path: str) -> str:
-    return os.path.abspath(os.path.expanduser(path))
+    return str(Path(path).expanduser().resolve())

@@ -115,4 +115,5 @@ def exit_codes() -> dict[int, str]:
         6: "not enough: CPUs, GPUs, disk, a free port",
         7: "overloaded: try again",
         130: "interrupted",
+        143: "terminated",
     }

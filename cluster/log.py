@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -15,7 +16,14 @@ from typing import Any
 from cluster.config import LoggingConfig
 
 STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-LOUD = ("httpx", "httpcore", "urllib3", "filelock", "sentence_transformers", "pymilvus", "fsspec", "botocore", "s3fs")
+LOUD = ("httpx", "httpcore", "urllib3", "filelock", "sentence_transformers", "fsspec", "botocore", "s3fs")
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Environment of our processes and those they start: nobody is told that we run, and libraries draw no bars of theirs."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -48,7 +56,9 @@ class HumanFormatter(logging.Formatter):
 
 
 def setup(config: LoggingConfig) -> None:
-    """Install the one handler; a second call replaces it."""
+    """Install the one handler; a second call replaces it. Call it before a heavy library is imported."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if config.format == "json" else HumanFormatter())
     root = logging.getLogger()

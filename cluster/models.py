@@ -89,6 +89,27 @@ def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> An
     return tokenizer
 
 
+@dataclass(frozen=True)
+class Cached:
+    """One model in the cache."""
+
+    source: str
+    revision: str | None
+    directory: str
+    bytes: int
+
+
+def cached(cache: str | Path) -> list[Cached]:
+    """The finished models in `cache`, by name."""
+    found = []
+    for marker in sorted(Path(cache).expanduser().glob(f"*/{MARKER}")):
+        about = json.loads(marker.read_text(encoding="utf-8"))
+        if "source" in about:
+            size = sum(file.stat().st_size for file in marker.parent.rglob("*") if file.is_file())
+            found.append(Cached(about["source"], about.get("revision"), str(marker.parent), size))
+    return found
+
+
 # -- identity ----------------------------------------------------------------------------------------------------
 
 

@@ -94,4 +94,6 @@ def check(asks: list[Ask], capacity: Amount) -> None:
     if short:
         lines = "; ".join(f"{ask.count} {ask.what} × {ask.each.cpus:g} CPU, {ask.each.gpus:g} GPU" for ask in asks)
         settings = ", ".join(ask.settings for ask in asks)
-        raise ResourcesShort(f"not enough for this configuration: {'; '.join(short)} ({lines}). Lower {settings}, or add nodes")
+        raise ResourcesShort(
+            f"not enough for this configuration: {'; '.join(short)} ({lines}). Lower {settings}, or add nodes"
+        )

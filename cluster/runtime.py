@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import shlex
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,15 +21,6 @@ from cluster.errors import Unavailable
 from cluster.resources import Amount
 
 NAMESPACE = "metier"
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
-"""Environment of our processes: nobody is told that we run, and libraries do not chat on our terminal."""
 CONFIG_FILE = "metier.yaml"
 
 
@@ -39,12 +32,15 @@ def connect(config: Config) -> Iterator[None]:
     not started.
 
     Raises:
-        Unavailable: ``ray.address`` names a cluster that does not answer.
+        Unavailable: ``ray.address`` names a cluster that does not answer or does not take our token.
     """
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray warns that its token authentication is on, which is what we want.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     import ray
+    from ray.exceptions import AuthenticationError
 
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     local = config.ray.address == "local"
     options = {"num_cpus": config.ray.num_cpus, "include_dashboard": False} if local else {}
     try:
@@ -55,12 +51,17 @@ def connect(config: Config) -> Iterator[None]:
             logging_level=logging.WARNING,
             **options,
         )
+    except AuthenticationError as error:
+        raise _unauthorized(config, error) from error
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         raise Unavailable(
             f"no Ray cluster answers at ray.address '{config.ray.address}' ({_first_line(error)}); "
             "start one with `ray start --head`, or set ray.address=local",
             param="ray.address",
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)  # Ray's own prints C++ frames and dies without cleaning up
     try:
         yield
     finally:
@@ -85,8 +86,9 @@ def submit(config: Config, verb: Sequence[str], on_log: Callable[[str], None]) -
         The job's id.
 
     Raises:
-        Unavailable: the address does not answer, or the job did not succeed.
+        Unavailable: the address does not answer or does not take our token, or the job did not succeed.
     """
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     with tempfile.TemporaryDirectory(prefix="metier-job-") as directory:
@@ -97,6 +99,8 @@ def submit(config: Config, verb: Sequence[str], on_log: Callable[[str], None]) -
                 entrypoint=shlex.join(["metier", *verb, "--config", CONFIG_FILE, "--set", "ray.address=auto"]),
                 runtime_env={**config.ray.runtime_env, "working_dir": directory},
             )
+        except AuthenticationError as error:
+            raise _unauthorized(config, error) from error
         except (ConnectionError, RuntimeError) as error:
             raise Unavailable(
                 f"no Ray job server answers at ray.address '{config.ray.address}' ({_first_line(error)}); "
@@ -122,6 +126,14 @@ def _for_cluster(config: Config) -> dict[str, Any]:
     data = public_dict(config)
     data["store"].pop("token")
     return data
+
+
+def _unauthorized(config: Config, error: Exception) -> Unavailable:
+    return Unavailable(
+        f"the Ray cluster at ray.address '{config.ray.address}' refuses our token ({_first_line(error)}); "
+        "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) as on the cluster",
+        param="ray.address",
+    )
 
 
 def _first_line(error: BaseException) -> str:

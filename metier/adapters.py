@@ -39,7 +39,9 @@ def show(
 
 @app.command()
 def add(
-    directory: Annotated[Path, typer.Argument(help="PEFT directory: adapter_config.json and adapter_model.safetensors")],
+    directory: Annotated[
+        Path, typer.Argument(help="PEFT directory: adapter_config.json and adapter_model.safetensors")
+    ],
     name: Annotated[str, typer.Option("--name", help="Name in the registry.")],
     config: ConfigOption = None,
     set_: SetOption = None,

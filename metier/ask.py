@@ -12,9 +12,16 @@ from metier.options import ConfigOption, JsonOption, SetOption, open_config, ser
 
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Release, base or base:adapter; by default the release of the configuration's name.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", help="Release, base or base:adapter; by default the release of the configuration's name."
+        ),
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print the answer as it is made.")] = True,
-    rag: Annotated[bool | None, typer.Option("--rag/--no-rag", help="Look passages up or not; by default the release decides.")] = None,
+    rag: Annotated[
+        bool | None, typer.Option("--rag/--no-rag", help="Look passages up or not; by default the release decides.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Longest answer.")] = None,
     config: ConfigOption = None,
     set_: SetOption = None,

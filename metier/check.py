@@ -100,8 +100,8 @@ def _resources(config: Config) -> str:
         return f"Ray runs at {config.ray.address}; checked when something is launched there"
     capacity = Amount(cpus=config.ray.num_cpus or os.cpu_count() or 1, gpus=_gpus())
     for role in ("train", "serve"):
-        check(demand(config, role), capacity)  # type: ignore[arg-type]
-    needs = ", ".join(f"{role} {total(demand(config, role)).cpus:g}" for role in ("train", "serve"))  # type: ignore[arg-type]
+        check(demand(config, role), capacity)
+    needs = ", ".join(f"{role} {total(demand(config, role)).cpus:g}" for role in ("train", "serve"))
     return f"{capacity.cpus:g} CPUs, {capacity.gpus:g} GPUs here; wanted: {needs} CPUs"
 
 

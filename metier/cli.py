@@ -7,7 +7,22 @@ from typing import Annotated
 import typer
 
 from cluster.errors import exit_codes
-from metier import adapters, ask, check, config, down, evaluate, index, models, quickstart, release, search, status, train, up
+from metier import (
+    adapters,
+    ask,
+    check,
+    config,
+    down,
+    evaluate,
+    index,
+    models,
+    quickstart,
+    release,
+    search,
+    status,
+    train,
+    up,
+)
 
 EPILOG = "Exit codes: " + "; ".join(f"{code} {meaning}" for code, meaning in exit_codes().items()) + "."
 
@@ -32,7 +47,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
 ) -> None:
     """Options before the verb."""
 

@@ -15,9 +15,13 @@ from metier.options import ConfigOption, JsonOption, SetOption, open_config, ope
 
 
 def evaluate(
-    release: Annotated[str | None, typer.Option("--release", help="Release to judge; by default the configuration's name.")] = None,
+    release: Annotated[
+        str | None, typer.Option("--release", help="Release to judge; by default the configuration's name.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write every answer to this JSONL file.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write every answer to this JSONL file.")
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     json: JsonOption = False,
@@ -46,7 +50,7 @@ def evaluate(
                 def count() -> None:
                     nonlocal done
                     done += 1
-                    update(done, len(rows), "")  # noqa: B023 - called while this arm runs
+                    update(done, len(rows), "")
 
                 answered = run(
                     client,

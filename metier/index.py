@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import typer
+
 from metier.console import print_json, progress, say
 from metier.options import ConfigOption, JsonOption, SetOption, SubmitOption, open_config, open_registry
 
 
-def index(config: ConfigOption = None, set_: SetOption = None, submit: SubmitOption = False, json: JsonOption = False) -> None:
+def index(
+    config: ConfigOption = None, set_: SetOption = None, submit: SubmitOption = False, json: JsonOption = False
+) -> None:
     """Read knowledge.documents and bring the index in step with them; what did not change is not embedded again."""
     settings = open_config(config, set_)
     if submit:
         from cluster.runtime import submit as submit_job
 
-        submit_job(settings, ["index"], lambda text: print(text, end=""))
+        submit_job(settings, ["index"], partial(typer.echo, nl=False))
         return
     from cluster.models import resolve
     from retrieval.embed import Embedder

@@ -54,6 +54,12 @@ def write(config: Config, url: str) -> None:
     temporary.replace(file)
 
 
+def forget(config: Config) -> None:
+    """Remove the note of this process; that of another one, which came first, stays."""
+    if (up := read(config)) and up.pid == os.getpid():
+        state_file(config).unlink(missing_ok=True)
+
+
 def read(config: Config) -> Up | None:
     """The living ``metier up`` of `config`; a note left by a killed one is removed."""
     file = state_file(config)

@@ -30,7 +30,9 @@ def quickstart(
 ) -> None:
     """Index, train, release, serve, ask and evaluate the sample trade; the server is stopped at the end."""
     if not config.is_file():
-        raise NotFound(f"{config}: no such file; run this in the root of the repository, or name an example with --config")
+        raise NotFound(
+            f"{config}: no such file; run this in the root of the repository, or name an example with --config"
+        )
     steps: list[tuple[str, Sequence[str]]] = [
         ("models: fetch the base model and the embedder", ["models", "fetch"]),
         ("index: documents into Milvus", ["index"]),
@@ -53,11 +55,14 @@ def quickstart(
         if not keep:
             _metier(["down"], config)
     out.print()
-    table(("step", "seconds"), [*((name, round(seconds, 1)) for name, seconds in times), ("all", round(time.monotonic() - began, 1))])
+    table(
+        ("step", "seconds"),
+        [*((name, round(seconds, 1)) for name, seconds in times), ("all", round(time.monotonic() - began, 1))],
+    )
     say(
         f"\nWhere to look next:\n"
         f"  metier up --config {config}            serve it again; then `metier ask`, curl or any OpenAI client\n"
-        f"  metier search --config {config} \"…\"    the passages a question finds\n"
+        f'  metier search --config {config} "…"    the passages a question finds\n'
         f"  metier release list --config {config}  what was released; `promote` and `rollback` move aliases\n"
         f"  .metier/answers.jsonl                  every answer behind the table\n"
         f"  docs/architecture.md                   one request and one training run, step by step"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -51,7 +51,7 @@ class _Probe:
     def __init__(self, info: FieldInfo) -> None:
         from pydantic import create_model
 
-        self.model = create_model("Probe", value=(info.annotation, info))
+        self.model = create_model("Probe", value=(cast(Any, info.annotation), info))
 
     def schema(self) -> dict[str, Any]:
         value: dict[str, Any] = self.model.model_json_schema()["properties"]["value"]

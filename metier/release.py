@@ -16,12 +16,18 @@ Alias = Annotated[str, typer.Option("--alias", help="Alias to move.")]
 
 @app.command()
 def create(
-    name: Annotated[str | None, typer.Argument(help="Name of the release; the configuration's name by default.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="name, name@3 or name@digest; by default the newest of training.adapter.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Name of the release; the configuration's name by default.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="name, name@3 or name@digest; by default the newest of training.adapter.")
+    ] = None,
     no_adapter: Annotated[bool, typer.Option("--no-adapter", help="The bare base model.")] = False,
     knowledge_version: Annotated[str, typer.Option(help="A version number, or `head` to follow the newest.")] = "head",
     no_knowledge: Annotated[bool, typer.Option("--no-knowledge", help="Closed book.")] = False,
-    promote: Annotated[str | None, typer.Option(metavar="ALIAS", help="Point this alias at it, for example prod.")] = None,
+    promote: Annotated[
+        str | None, typer.Option(metavar="ALIAS", help="Point this alias at it, for example prod.")
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
     json: JsonOption = False,
@@ -45,7 +51,9 @@ def create(
     if not no_knowledge:
         head = registry.knowledge_head(settings.knowledge.name)
         if head == 0:
-            raise BadInput(f"knowledge '{settings.knowledge.name}' is empty; run `metier index` first, or pass --no-knowledge")
+            raise BadInput(
+                f"knowledge '{settings.knowledge.name}' is empty; run `metier index` first, or pass --no-knowledge"
+            )
         wanted = _version(knowledge_version, head)
         knowledge = KnowledgeRef(name=settings.knowledge.name, version=wanted)
     release = Release(
@@ -62,7 +70,9 @@ def create(
     if json:
         print_json(made)
         return
-    say(f"release {made.name}@{made.digest[:12]} (version {made.version}){f', now {name}@{promote}' if promote else ''}")
+    say(
+        f"release {made.name}@{made.digest[:12]} (version {made.version}){f', now {name}@{promote}' if promote else ''}"
+    )
 
 
 @app.command("list")
@@ -121,5 +131,7 @@ def _version(text: str, head: int) -> int | Literal["head"]:
     if text == "head":
         return "head"
     if not text.isdigit() or not 1 <= int(text) <= head:
-        raise BadInput(f"--knowledge-version {text}: give a number from 1 to {head}, or head", param="knowledge-version")
+        raise BadInput(
+            f"--knowledge-version {text}: give a number from 1 to {head}, or head", param="knowledge-version"
+        )
     return int(text)

@@ -25,7 +25,9 @@ def status(config: ConfigOption = None, set_: SetOption = None, json: JsonOption
     if json:
         print_json(state)
         return
-    newest = f"{adapters[-1].name}@{adapters[-1].version} is the newest" if adapters else "none; `metier train` makes one"
+    newest = (
+        f"{adapters[-1].name}@{adapters[-1].version} is the newest" if adapters else "none; `metier train` makes one"
+    )
     knowledge = state["knowledge"]["version"]  # type: ignore[index]
     table(
         ("what", "state"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,9 @@ from metier.options import ConfigOption, JsonOption, SetOption, SubmitOption, op
 def train(
     config: ConfigOption = None,
     set_: SetOption = None,
-    force: Annotated[bool, typer.Option("--force", help="Train even if this very recipe is already published.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train even if this very recipe is already published.")
+    ] = False,
     submit: SubmitOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -25,7 +28,7 @@ def train(
     if submit:
         from cluster.runtime import submit as submit_job
 
-        submit_job(settings, ["train", *(["--force"] if force else [])], lambda text: print(text, end=""))
+        submit_job(settings, ["train", *(["--force"] if force else [])], partial(typer.echo, nl=False))
         return
     from training.run import train as run
 

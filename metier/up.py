@@ -24,7 +24,9 @@ START_SECONDS = 600.0
 def up(
     config: ConfigOption = None,
     set_: SetOption = None,
-    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when it is ready; `metier down` ends it.")] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when it is ready; `metier down` ends it.")
+    ] = False,
 ) -> None:
     """Start Milvus (embedded), Ray and the pipeline, and serve until Ctrl-C or `metier down`."""
     settings = open_config(config, set_)
@@ -38,7 +40,9 @@ def up(
 
         with runtime.connect(settings):
             deploy(settings)
-        say(f"application '{settings.name}' runs on the Ray cluster at {settings.ray.address}; `metier down` removes it")
+        say(
+            f"application '{settings.name}' runs on the Ray cluster at {settings.ray.address}; `metier down` removes it"
+        )
         return
     check_port(settings)
     if detach:
@@ -51,16 +55,15 @@ def _foreground(settings: Config) -> None:
     from serving.up import running
 
     ended = threading.Event()
-    _on_signals(ended)
     try:
         with running(settings, lambda line: say(f"  {line}")):
-            _on_signals(ended)  # Ray sets handlers of its own while it starts
+            _on_signals(ended)
             process.write(settings, server_url(settings))
             say(f"up at {server_url(settings)}; Ctrl-C or `metier down` ends it")
             ended.wait()
             say("shutting down")
     finally:
-        process.state_file(settings).unlink(missing_ok=True)
+        process.forget(settings)
 
 
 def _on_signals(ended: threading.Event) -> None:

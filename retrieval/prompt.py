@@ -1,10 +1,11 @@
 """Question + history + passages -> messages -> token ids, and marks in an answer -> citations.
 
 Training and serving both come here, and nowhere else, so that the tokens an adapter learned on are the tokens it
-is served with. What a prompt looks like is decided by :class:`cluster.config.PromptConfig` and by :data:`FORMAT`
-below; ``cluster.release.prompt_hash`` covers both, and serving refuses an adapter with another hash.
+is served with. What a prompt looks like is decided by :class:`cluster.config.PromptConfig` and by the code below;
+``cluster.release.prompt_hash`` covers both, and serving refuses an adapter with another hash.
 
-Retrieved text is data: it stands in the last user message between numbered marks, never in the system message.
+Retrieved text is data: it stands in the last user message between numbered marks, never in the system message, and
+what is spelled like a control token of the model in any message is text to the model (:func:`neutral`).
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 
     eos_token_id: int
+    all_special_tokens: list[str]
 
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]: ...
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
     def apply_chat_template(self, conversation: list[dict[str, str]], **kwargs: Any) -> Any: ...
 
@@ -98,16 +102,32 @@ def fit(passages: Sequence[Passage], budget: int, count_tokens: Callable[[str], 
 
 
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
-    """Token ids of `messages` through the model's own chat template, up to where the answer begins."""
-    ids = tokenizer.apply_chat_template(
-        [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    """Token ids of `messages` through the model's own chat template, up to where the answer begins.
+
+    Only the template writes control tokens: what is spelled like one in a message is broken first (:func:`neutral`).
+    """
+    plain = [{**message, "content": neutral(tokenizer, message["content"])} for message in messages]
+    ids = tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, return_dict=False)
     return [int(token) for token in ids]
 
 
 def answer_ids(tokenizer: Tokenizer, answer: str) -> list[int]:
     """Token ids of an answer as the model is to write it: the text, then the end of turn."""
-    return [*tokenizer.encode(answer, add_special_tokens=False), tokenizer.eos_token_id]
+    return [*tokenizer.encode(neutral(tokenizer, answer), add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def neutral(tokenizer: Tokenizer, text: str) -> str:
+    """`text` with a space after the first character of whatever is spelled like a control token of the model.
+
+    A chat template is rendered to one string before it is tokenized, so ``<|im_end|>`` inside a passage or a message
+    would end the user's turn and let the text write a system message of its own. Other text stays as it is.
+    """
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control = {token for token in (*tokenizer.all_special_tokens, *added) if len(token) > 1 and token in text}
+    if not control:
+        return text
+    # A look-ahead at every position, so that tokens that overlap are all broken.
+    return re.sub(rf"(?=(?:{'|'.join(map(re.escape, control))}))(.)", r"\1 ", text, flags=re.DOTALL)
 
 
 def check_length(prompt_tokens: int, answer_tokens: int, context_tokens: int) -> None:

@@ -8,7 +8,7 @@ one process and over replicas.
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.config import RetrievalConfig
@@ -46,6 +46,8 @@ class Question:
     version: int = 0
     """Knowledge version; set where `knowledge` is."""
     top_k: int | None = None
+    stream: bool = False
+    """Whether the client reads the answer as it is made."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ class Done:
 Part = Found | Text | Done
 
 
-async def answer(question: Question, retrieve: Retrieve, generate: Generate, tokenizer: Tokenizer, context: int) -> AsyncIterator[Part]:
+async def answer(
+    question: Question, retrieve: Retrieve, generate: Generate, tokenizer: Tokenizer, context: int
+) -> AsyncGenerator[Part, None]:
     """Parts of the answer: one :class:`Found`, any number of :class:`Text`, one :class:`Done`.
 
     Nothing above the score floor declines at once, without generating.
@@ -120,7 +124,7 @@ async def answer(question: Question, retrieve: Retrieve, generate: Generate, tok
     began = time.perf_counter()
     detokenizer = Detokenizer(tokenizer)
     made, reason = 0, "stop"
-    request = GenerateRequest(question.request_id, tuple(ids), question.sampling, resolved.adapter)
+    request = GenerateRequest(question.request_id, tuple(ids), question.sampling, resolved.adapter, question.stream)
     async for delta in generate(request):
         if made == 0:
             seconds["first_token"] = time.perf_counter() - began

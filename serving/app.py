@@ -55,14 +55,15 @@ def build(args: AppArgs) -> serve.Application:
 def application(config: Config) -> serve.Application:
     """The three deployments of `config`, bound together. ``store.uri`` must be an address by now."""
     text, stages = to_json(config), config.serving
-    retriever = RetrieverDeployment.options(**options(stages.retriever)).bind(text)
-    generator = GeneratorDeployment.options(**options(stages.generator)).bind(text)
-    return IngressDeployment.options(**options(stages.ingress)).bind(text, retriever, generator)
+    retriever = serve.deployment(RetrieverReplica).options(**options("retriever", stages.retriever)).bind(text)
+    generator = serve.deployment(GeneratorReplica).options(**options("generator", stages.generator)).bind(text)
+    return serve.deployment(Ingress).options(**options("ingress", stages.ingress)).bind(text, retriever, generator)
 
 
-def options(stage: StageConfig) -> dict[str, Any]:
+def options(name: str, stage: StageConfig) -> dict[str, Any]:
     """Serve's deployment options for a stage of ours."""
     return {
+        "name": name,
         "autoscaling_config": {
             "min_replicas": stage.min_replicas,
             "max_replicas": stage.max_replicas,
@@ -80,8 +81,7 @@ def options(stage: StageConfig) -> dict[str, Any]:
     }
 
 
-@serve.deployment(name="retriever")
-class RetrieverDeployment:
+class RetrieverReplica:
     """Queries -> passages."""
 
     def __init__(self, config_json: str) -> None:
@@ -99,8 +99,7 @@ class RetrieverDeployment:
         )
 
 
-@serve.deployment(name="generator")
-class GeneratorDeployment:
+class GeneratorReplica:
     """Token ids -> deltas, for the base model and every adapter of the registry."""
 
     def __init__(self, config_json: str) -> None:
@@ -140,9 +139,8 @@ def make_engine(config: Config) -> Engine:
     return NativeEngine(config, resolve(config.base, config.models_cache))
 
 
-@serve.deployment(name="ingress")
 @serve.ingress()
-class IngressDeployment:
+class Ingress:
     """HTTP: the routes of :mod:`serving.http` over the two stages above."""
 
     def __init__(self, config_json: str, retriever: DeploymentHandle, generator: DeploymentHandle) -> None:

@@ -9,9 +9,15 @@ from typing import Any, Self
 
 import httpx
 
-from cluster.errors import BadInput, MetierError, NotFound, Overloaded, Unavailable
+from cluster.errors import BadInput, MetierError, Mismatch, NotFound, Overloaded, Unavailable
 
-BY_STATUS: dict[int, type[MetierError]] = {400: BadInput, 404: NotFound, 429: Overloaded, 503: Unavailable}
+BY_STATUS: dict[int, type[MetierError]] = {
+    400: BadInput,
+    404: NotFound,
+    409: Mismatch,
+    429: Overloaded,
+    503: Unavailable,
+}
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,23 @@ class Client:
         choice = data["choices"][0]
         message = choice["message"]
         return _reply(
-            data, message["content"], choice["finish_reason"], message["annotations"], message["context"], data["metier"]
+            data,
+            message["content"],
+            choice["finish_reason"],
+            message["annotations"],
+            message["context"],
+            data["metier"],
         )
 
     def stream(self, model: str, messages: Sequence[dict[str, str]], **options: Any) -> Iterator[str | Reply]:
         """Pieces of the answer's text as they come, then the whole as a :class:`Reply`."""
         body = {"model": model, "messages": list(messages), "stream": True, "stream_options": {"include_usage": True}}
-        text, finish, notes, given, metier, usage, last = "", "stop", [], {"citations": []}, {}, {}, {}
+        text, finish = "", "stop"
+        notes: list[dict[str, Any]] = []
+        given: dict[str, Any] = {"citations": []}
+        metier: dict[str, Any] = {}
+        usage: dict[str, int] = {}
+        last: dict[str, Any] = {}
         try:
             with self.http.stream("POST", "/v1/chat/completions", json=body | options) as response:
                 if response.status_code != 200:

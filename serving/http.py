@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from datetime import datetime
 from typing import Any
@@ -14,11 +14,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.exceptions import HTTPException
 
-from cluster.errors import BadInput, MetierError, ModelNotFound
+from cluster.errors import BadInput, MetierError, ModelNotFound, NotFound
 from serving.answer import Done, Found, Part, Question, Text
 from serving.names import Served
-from serving.openai import ChatRequest, annotations, chunk, completion, context, error_body, sse
+from serving.openai import ChatRequest, chunk, completion, context, error_body, file_citations, sse
 from serving.pipeline import Pipeline
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def routes(pipeline: Pipeline) -> FastAPI:
     api = FastAPI(title="metier", docs_url=None, redoc_url=None)
     api.add_exception_handler(MetierError, _refuse)
     api.add_exception_handler(RequestValidationError, _refuse_body)
+    api.add_exception_handler(HTTPException, _refuse_route)
     api.add_exception_handler(Exception, _refuse_unknown)
 
     @api.post("/v1/chat/completions", response_model=None)
@@ -65,7 +67,7 @@ def routes(pipeline: Pipeline) -> FastAPI:
     return api
 
 
-async def _whole(question: Question, parts: AsyncIterator[Part]) -> dict[str, Any]:
+async def _whole(question: Question, parts: AsyncGenerator[Part, None]) -> dict[str, Any]:
     found, done = Found(()), None
     async for part in parts:
         if isinstance(part, Found):
@@ -86,7 +88,7 @@ async def _whole(question: Question, parts: AsyncIterator[Part]) -> dict[str, An
     )
 
 
-async def _events(question: Question, parts: AsyncIterator[Part], include_usage: bool) -> AsyncIterator[str]:
+async def _events(question: Question, parts: AsyncGenerator[Part, None], include_usage: bool) -> AsyncIterator[str]:
     """Role and citations, text, annotations with the finish reason, usage, ``[DONE]``; or an error and no ``[DONE]``."""
     created = int(time.time())
     found = Found(())
@@ -104,21 +106,24 @@ async def _events(question: Question, parts: AsyncIterator[Part], include_usage:
                 yield event({"content": part.text})
             else:
                 metier = _metier(question, found, part)
-                yield event({"annotations": annotations(part.citations)}, part.finish_reason, metier=metier)
+                yield event({"annotations": file_citations(part.citations)}, part.finish_reason, metier=metier)
                 if include_usage:
                     yield event(None, usage=_usage(part))
                 _log(question, part)
         yield sse("[DONE]")
     except MetierError as error:
         yield sse(error_body(error))
+    except Exception as error:  # the status is sent: what a handler would answer goes into the stream
+        log.error("stream failed", exc_info=error)
+        yield sse(error_body(_unknown()))
 
 
-async def _started(parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
+async def _started(parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
     """`parts` with its first part already there, so that what fails before it still gets a status of its own."""
     first = await anext(parts)
 
-    async def chained() -> AsyncIterator[Part]:
-        async with aclosing(parts):  # type: ignore[type-var]
+    async def chained() -> AsyncGenerator[Part, None]:
+        async with aclosing(parts):
             yield first
             async for part in parts:
                 yield part
@@ -135,6 +140,8 @@ async def _refuse(_: Request, error: Exception) -> JSONResponse:
 async def _refuse_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return await _refuse(request, BadInput(f"the body is not valid JSON: {first['ctx']['error']}"))
     param = ".".join(str(part) for part in first["loc"] if part != "body") or None
     if first["type"] == "extra_forbidden":
         problem = BadInput(f"unknown field '{param}'; remove it", param=param)
@@ -145,7 +152,17 @@ async def _refuse_body(request: Request, error: Exception) -> JSONResponse:
 
 async def _refuse_unknown(request: Request, error: Exception) -> JSONResponse:
     log.error("request failed", exc_info=error)
-    return await _refuse(request, MetierError("something went wrong on the server; its log has the details"))
+    return await _refuse(request, _unknown())
+
+
+def _unknown() -> MetierError:
+    return MetierError("something went wrong on the server; its log has the details")
+
+
+async def _refuse_route(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    problem = NotFound(f"{request.method} {request.url.path}: {error.detail}")
+    return JSONResponse(error_body(problem), status_code=error.status_code, headers=error.headers)
 
 
 def _log(question: Question, done: Done) -> None:

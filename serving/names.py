@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cluster.config import Config, PromptConfig, RetrievalConfig
-from cluster.errors import ModelNotFound
+from cluster.errors import BadInput, Mismatch, ModelNotFound, NotFound
 from cluster.registry import AdapterVersion, Registry, ReleaseVersion
 from cluster.release import BaseRef, KnowledgeRef, check_match, short
 
@@ -79,19 +79,32 @@ class Names:
         if release.adapter is not None:
             adapter = self.registry.adapter(f"{release.adapter.name}@{release.adapter.digest}")
             check_match(adapter.card, self.base, release.prompt)
+        pairs = {field: (getattr(release.base, field), getattr(self.base, field)) for field in BaseRef.model_fields}
+        wrong = {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
+        if wrong:
+            lines = [
+                f"base.{field} is {a} in release {found.ref}, {b} here; serve that base, or create the release again"
+                for field, (a, b) in wrong.items()
+            ]
+            raise Mismatch("\n".join(lines), param=f"base.{next(iter(wrong))}")
 
     def list(self) -> Iterator[Served]:
         """The base, every adapter, and every release by each of its names."""
         yield Served(self.base_name, self.base_name, None, "")
         for adapter in self.registry.adapters():
-            yield Served(f"{self.base_name}:{adapter.name}@{adapter.version}", self.base_name, self.base_name, adapter.created)
-        for found in self.registry.releases():
+            yield Served(
+                f"{self.base_name}:{adapter.name}@{adapter.version}", self.base_name, self.base_name, adapter.created
+            )
+        releases = self.registry.releases()
+        bare = {found.name: found for found in releases}
+        bare |= {found.name: found for found in releases if "prod" in found.aliases}
+        for found in releases:
             digest = f"{found.name}@{short(found.digest)}"
             yield Served(digest, self.base_name, self._parent(found), found.created)
             for alias in found.aliases:
                 yield Served(f"{found.name}@{alias}", self.base_name, digest, found.created)
-                if alias == "prod":
-                    yield Served(found.name, self.base_name, digest, found.created)
+            if bare[found.name] is found:
+                yield Served(found.name, self.base_name, digest, found.created)
 
     def _parent(self, found: ReleaseVersion) -> str:
         adapter = found.release.adapter
@@ -103,11 +116,14 @@ class Names:
     def _adapter(self, ref: str) -> AdapterVersion:
         try:
             return self.registry.adapter(ref)
-        except Exception as error:
+        except (BadInput, NotFound) as error:
             raise ModelNotFound(f"model '{self.base_name}:{ref}': {error}", param="model") from error
 
     def _release(self, model: str) -> Resolved:
-        found = self.registry.release(model)
+        try:
+            found = self.registry.release(model)
+        except (BadInput, NotFound) as error:
+            raise ModelNotFound(f"model '{model}': {error}", param="model") from error
         self.check(found)
         release = found.release
         return Resolved(

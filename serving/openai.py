@@ -93,7 +93,7 @@ def completion(
         "role": "assistant",
         "content": text,
         "refusal": None,
-        "annotations": annotations(citations),
+        "annotations": file_citations(citations),
         "context": context(passages),
     }
     return {
@@ -127,7 +127,7 @@ def chunk(
     }
 
 
-def annotations(citations: Sequence[Citation]) -> list[dict[str, Any]]:
+def file_citations(citations: Sequence[Citation]) -> list[dict[str, Any]]:
     """Where the marks stand in the text and which document each cites (OpenAI's ``file_citation``, with the span)."""
     return [
         {

@@ -5,7 +5,7 @@ Knows the registry and the tokenizer, and two functions to retrieve and to gener
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from cluster.config import Config
@@ -53,13 +53,12 @@ class Pipeline:
             knowledge=knowledge,
             version=version,
             top_k=body.rag.top_k if body.rag else None,
+            stream=body.stream,
         )
 
-    async def parts(self, question: Question) -> AsyncIterator[Part]:
+    async def parts(self, question: Question) -> AsyncGenerator[Part, None]:
         """The answer, part by part; see :func:`serving.answer.answer`."""
-        stream = answer(
-            question, self.retrieve, self.generate, self.tokenizer, self.config.base.context_tokens
-        )
+        stream = answer(question, self.retrieve, self.generate, self.tokenizer, self.config.base.context_tokens)
         async with aclosing(stream):
             async for part in stream:
                 yield part

@@ -119,7 +119,9 @@ def _why(config: Config, error: Exception) -> MetierError:
         for name, deployment in application.deployments.items()
         if deployment.status != "HEALTHY" and deployment.message
     ]
-    return Unavailable("\n".join(messages) or f"the application is {application.status}: {_last_line(application.message)}")
+    return Unavailable(
+        "\n".join(messages) or f"the application is {application.status}: {_last_line(application.message)}"
+    )
 
 
 def _last_line(text: str) -> str:

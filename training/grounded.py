@@ -60,7 +60,12 @@ def ground_rows(
         found = list(retrieve(row.conversation))
         without = row.answerable and chance.random() < no_gold_share
         if without:
-            shown = [passage for passage in found if not _holds_any(passage.text, row.evidence)][:top_k]
+            ids = {chunk.chunk_id for chunk in gold}  # a quote that a chunk border cuts is held by none
+            shown = [
+                passage
+                for passage in found
+                if passage.chunk_id not in ids and not _holds_any(passage.text, row.evidence)
+            ][:top_k]
         else:
             shown = _with_gold(found, gold, top_k)
         grounded = ground(prompt, row.conversation, shown, count_tokens)
@@ -110,7 +115,11 @@ def _gold_chunk(row: Row, evidence: Evidence, chunks_of: ChunksOf) -> Chunk:
     best = max(chunks, key=lambda chunk: _overlap(chunk.text, evidence.quote), default=None)
     if best is not None and _overlap(best.text, evidence.quote) >= 0.5:
         return best  # a quote that a chunk border cuts
-    reason = "is not in the index; run `metier index`" if best is None else "does not contain the quote; mend the row or the document"
+    reason = (
+        "is not in the index; run `metier index`"
+        if best is None
+        else "does not contain the quote; mend the row or the document"
+    )
     raise BadInput(f"row {row.id}: evidence: document '{evidence.document}' {reason}", param=row.id)
 
 
@@ -124,4 +133,6 @@ def _flat(text: str) -> str:
 
 
 def _as_passage(chunk: Chunk) -> Passage:
-    return Passage(chunk.chunk_id, chunk.doc_id, chunk.title, chunk.heading, chunk.text, chunk.source, chunk.position, 0.0)
+    return Passage(
+        chunk.chunk_id, chunk.doc_id, chunk.title, chunk.heading, chunk.text, chunk.source, chunk.position, 0.0
+    )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from cluster.config import Config, to_json
 from cluster.errors import MetierError, Unavailable
 
 Event = dict[str, Any]
+POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+"""Ray Train asks its workers for news every two seconds by default, and each checkpoint waits for that."""
 
 
 def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event], None]) -> Any:
@@ -33,6 +37,8 @@ def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event]
 
     from training.sft import train_worker
 
+    for name, value in POLL.items():
+        os.environ.setdefault(name, value)
     training = config.training
     on_gpu = training.gpus_per_worker > 0
     events = Queue(actor_options={"num_cpus": 0})
@@ -42,7 +48,10 @@ def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event]
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=on_gpu,
-            resources_per_worker={"CPU": training.cpus_per_worker, **({"GPU": training.gpus_per_worker} if on_gpu else {})},
+            resources_per_worker={
+                "CPU": training.cpus_per_worker,
+                **({"GPU": training.gpus_per_worker} if on_gpu else {}),
+            },
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         run_config=RunConfig(
@@ -54,12 +63,26 @@ def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event]
     )
     with _Pump(events, on_event):
         try:
-            result = trainer.fit()
+            result = _fit(trainer)
         except Exception as error:
             raise _cause(error) from error
     if result.checkpoint is None:
         raise Unavailable(f"run {run} ended without a checkpoint; its logs are under {storage_path(config)}/{run}")
     return result.checkpoint
+
+
+def _fit(trainer: Any) -> Any:
+    """``trainer.fit()`` in a thread: in the main one Ray Train takes SIGINT over and ends the process with code 0 or 1."""
+    outcome: Future[Any] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="metier-train-fit", daemon=True).start()
+    return outcome.result()
 
 
 def storage_path(config: Config) -> str:

@@ -13,7 +13,7 @@ import torch
 from trl import SFTTrainer
 
 
-class AnswerLossTrainer(SFTTrainer):
+class AnswerLossTrainer(SFTTrainer):  # type: ignore[misc]
     """``SFTTrainer`` with that loss."""
 
     def compute_loss(

@@ -89,8 +89,10 @@ def read_rows(files: Sequence[str | Path]) -> list[Row]:
     for name in files:
         file = Path(name)
         if not file.is_file():
-            raise NotFound(f"{file}: no such file; data.train and data.heldout list the JSONL files to read", param=str(file))
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            raise NotFound(
+                f"{file}: no such file; data.train and data.heldout list the JSONL files to read", param=str(file)
+            )
+        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
             at = f"{file}:{number}"

@@ -39,7 +39,9 @@ from training.rows import digest, read_rows
 Say = Callable[[str], None]
 
 
-def train(config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None], force: bool = False) -> AdapterVersion:
+def train(
+    config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None], force: bool = False
+) -> AdapterVersion:
     """Fine-tune on ``data.train`` and publish the adapter.
 
     Args:
@@ -61,9 +63,13 @@ def train(config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None
 
     grounded, knowledge = ground_on_index(config, registry, base_directory)
     dataset = DatasetRef(
-        digest=digest(grounded), rows=len(grounded), documents=sorted({doc for row in grounded for doc in row.documents})
+        digest=digest(grounded),
+        rows=len(grounded),
+        documents=sorted({doc for row in grounded for doc in row.documents}),
     )
-    encoded = encode(grounded, load_tokenizer(base_directory, config.base.trust_remote_code), config.training.max_tokens)
+    encoded = encode(
+        grounded, load_tokenizer(base_directory, config.base.trust_remote_code), config.training.max_tokens
+    )
     say(f"{len(rows)} rows, {tokens(encoded)} tokens, passages from knowledge {knowledge.name} v{knowledge.version}")
 
     recipe = recipe_digest(config, base, dataset)
@@ -104,7 +110,9 @@ def ground_on_index(config: Config, registry: Registry, base_directory: Path) ->
     """Rows of ``data.train`` with the passages the retriever returns for them on the current knowledge version."""
     version = registry.knowledge_head(config.knowledge.name)
     if version == 0:
-        raise NotFound(f"knowledge '{config.knowledge.name}' is empty; run `metier index` first", param="knowledge.name")
+        raise NotFound(
+            f"knowledge '{config.knowledge.name}' is empty; run `metier index` first", param="knowledge.name"
+        )
     principal = Principal(config.knowledge.tenant, config.knowledge.groups)
     settings = config.retrieval.model_copy(update={"top_k": config.retrieval.candidates, "min_score": -1.0})
     tokenizer = load_tokenizer(base_directory, config.base.trust_remote_code)

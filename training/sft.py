@@ -62,7 +62,9 @@ def train_worker(spec: dict[str, Any]) -> None:
         final = Path(scratch, "final")
         trainer.save_model(str(final))
         rank = ray.train.get_context().get_world_rank()
-        ray.train.report({"step": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(final) if rank == 0 else None)
+        ray.train.report(
+            {"step": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(final) if rank == 0 else None
+        )
 
 
 def read_dataset(storage: Storage, path: str) -> list[GroundedRow]:
@@ -113,7 +115,7 @@ def _callbacks(events: Any, encoded: list[Encoded]) -> list[Any]:
     from transformers import TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 
-    class Report(TrainerCallback):  # type: ignore[misc]
+    class Report(TrainerCallback):
         """Logged metrics go to the driver's queue, saved checkpoints to Ray Train."""
 
         def __init__(self) -> None:

@@ -33,6 +33,9 @@ class GenerateRequest:
     sampling: Sampling
     adapter: str | None = None
     """Digest of the adapter, told to the engine before by :meth:`Engine.add_adapter`; ``None`` is the base model."""
+    stream: bool = True
+    """Whether someone reads along. If not, the engine may keep all tokens for one last delta, which spares the way
+    back a message a token."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ def grouped_attention(
     stacked = query.reshape(rows, kv_heads, group * q, d)
     scores = torch.matmul(stacked, key.transpose(-1, -2)).float() * scale
     if attention_mask is not None:
-        scores = (scores.view(rows, kv_heads, group, q, t) + attention_mask[:, :, None]).view(rows, kv_heads, group * q, t)
+        scores = (scores.view(rows, kv_heads, group, q, t) + attention_mask[:, :, None]).view(
+            rows, kv_heads, group * q, t
+        )
     weights = torch.softmax(scores, dim=-1).to(value.dtype)
     mixed = torch.matmul(weights, value).view(rows, heads, q, d)
     return mixed.transpose(1, 2).contiguous(), None

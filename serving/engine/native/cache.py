@@ -36,7 +36,7 @@ class SlotCache:
             reach: positions ``0 … reach-1`` are read.
         """
         self.slots, self.positions, self.reach = slots, positions, reach
-        self.whole = len(slots) == self.keys[0].shape[0] and bool((slots == torch.arange(len(slots))).all())
+        self.whole = len(slots) == self.keys[0].shape[0] and slots.tolist() == list(range(len(slots)))
 
     def update(
         self, key: torch.Tensor, value: torch.Tensor, layer: int, *_: Any, **__: Any

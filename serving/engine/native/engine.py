@@ -1,8 +1,8 @@
 """The step loop: admit what waits, prefill it, decode one token for every running row, hand out the deltas.
 
 One thread owns the model. Callers live on event loops: they put requests into a bounded queue and receive deltas
-through ``call_soon_threadsafe``. Rows with the same adapter decode in one pass; a mixed batch takes one pass an
-adapter. Not covered: mixed-adapter passes, paged cache, prefix reuse, chunked prefill.
+through ``call_soon_threadsafe``. All running rows decode in one pass, whatever their adapters. Not covered: paged
+cache, prefix reuse, chunked prefill.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 
 from cluster.config import Config
 from cluster.errors import MetierError, Overloaded, Unavailable
+from cluster.models import load_tokenizer
 from retrieval.prompt import check_length
 from serving.engine.base import Delta, FinishReason, GenerateRequest
 from serving.engine.native.adapters import Adapters
@@ -48,10 +49,15 @@ class Row:
     token: int = -1
     """The newest token, not yet in the cache."""
     made: int = 0
+    held: list[int] = field(default_factory=list)
+    """Tokens that were not handed out yet."""
     cancelled: bool = field(default=False)
 
     def put(self, item: Delta | Exception) -> None:
-        self.loop.call_soon_threadsafe(self.out.put_nowait, item)
+        try:
+            self.loop.call_soon_threadsafe(self.out.put_nowait, item)
+        except RuntimeError:  # the caller's event loop is closed: nobody reads on
+            self.cancelled = True
 
 
 class NativeEngine:
@@ -72,7 +78,7 @@ class NativeEngine:
     # -- the seam, called from event loops -----------------------------------------------------------------------
 
     def start(self) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(self.settings.threads or os.cpu_count() or 1)
         device = torch.device("cuda" if torch.cuda.is_available() and self.settings.gpus > 0 else "cpu")
@@ -84,9 +90,12 @@ class NativeEngine:
             trust_remote_code=self.config.base.trust_remote_code,
         ).to(device)
         model.eval()
-        eos = GenerationConfig.from_pretrained(self.directory).eos_token_id
-        self.eos = frozenset(eos if isinstance(eos, list) else [eos])
+        eos = model.generation_config.eos_token_id
+        # Training teaches the tokenizer's end of turn, which a model's own settings need not name.
+        taught = load_tokenizer(self.directory, self.config.base.trust_remote_code).eos_token_id
+        self.eos = frozenset([*(eos if isinstance(eos, list) else [eos]), taught])
         self.device = device
+        self.model = model
         self.adapters = Adapters(model, self.settings.adapters_resident)
         self.cache = SlotCache(
             model.config.get_text_config(), self.settings.batch_size, self.config.base.context_tokens, dtype, device
@@ -103,6 +112,8 @@ class NativeEngine:
         row = Row(request, asyncio.get_running_loop(), asyncio.Queue(), generator_for(request.sampling))
         with self.wake:
             self.check_health()
+            if self.stopping:
+                raise Unavailable("the engine is stopping")
             if len(self.waiting) >= self.settings.max_ongoing_requests:
                 raise Overloaded(f"the generator has {len(self.waiting)} requests waiting; try again in a moment")
             self.waiting.append(row)
@@ -145,8 +156,10 @@ class NativeEngine:
         except Exception as error:
             log.exception("engine failed")
             self.failure = error
-        for row in [*self.running, *self.waiting]:
-            row.put(Unavailable("the engine stopped before the answer was complete"))
+        with self.wake:
+            self.stopping = True  # from here on nobody joins a queue that is not read any more
+            for row in [*self.running, *self.waiting]:
+                row.put(Unavailable("the engine stopped before the answer was complete"))
 
     def _wait(self) -> bool:
         """Sleep until there is work; False when told to stop."""
@@ -164,26 +177,39 @@ class NativeEngine:
             except MetierError as error:
                 self._leave(row)
                 row.put(error)
-        for adapter in dict.fromkeys(row.request.adapter for row in self.running):
-            self._decode([row for row in self.running if row.request.adapter == adapter])
+        if self.running:
+            self._decode(self.running)
 
     def _admit(self) -> list[Row]:
-        """Waiting rows that get a slot now, in order of arrival; a row whose adapter finds no room waits on."""
+        """Waiting rows that get a slot now, in order of arrival.
+
+        A row whose adapter finds no room waits on. Rows of the base pass it, rows with adapters do not: they could
+        keep theirs leased for ever.
+        """
         admitted: list[Row] = []
+        blocked = False
         with self.wake:
-            for row in list(self.waiting):
-                if row.cancelled:
-                    self.waiting.remove(row)
-                elif self.free and self.adapters.can_lease(row.request.adapter):
-                    self.waiting.remove(row)
-                    try:
-                        self.adapters.lease(row.request.adapter)
-                    except Exception as error:
-                        row.put(error)
-                        continue
-                    row.slot = self.free.pop()
-                    self.running.append(row)
-                    admitted.append(row)
+            waiting = list(self.waiting)
+        for row in waiting:
+            adapter = row.request.adapter
+            if not row.cancelled:
+                if not self.free or (blocked and adapter is not None):
+                    continue
+                if not self.adapters.can_lease(adapter):
+                    blocked = True
+                    continue
+            with self.wake:  # not held while an adapter loads: event loops wait for it
+                self.waiting.remove(row)
+            if row.cancelled:
+                continue
+            try:
+                self.adapters.lease(adapter)
+            except Exception as error:
+                row.put(error)
+                continue
+            row.slot = self.free.pop()
+            self.running.append(row)
+            admitted.append(row)
         return admitted
 
     def _prefill(self, row: Row) -> None:
@@ -202,7 +228,7 @@ class NativeEngine:
         unread = torch.arange(reach, device=self.device)[None] > lengths[:, None]
         mask = torch.zeros(unread.shape, device=self.device).masked_fill_(unread, float("-inf"))
         logits = self._forward(rows, ids, lengths[:, None], mask[:, None, None], reach=reach)
-        for row, row_logits in zip(rows, logits, strict=True):
+        for row, row_logits in zip(list(rows), logits, strict=True):
             row.length += 1
             self._take(row, row_logits)
 
@@ -210,9 +236,9 @@ class NativeEngine:
         self, rows: Sequence[Row], ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, *, reach: int
     ) -> torch.Tensor:
         """Logits of the last position, ``[rows, vocabulary]``."""
-        self.adapters.activate(rows[0].request.adapter)
+        self.adapters.aim([row.request.adapter for row in rows])
         self.cache.aim(torch.tensor([row.slot for row in rows], device=self.device), positions, reach)
-        out: Any = self.adapters.model(
+        out: Any = self.model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
@@ -231,7 +257,11 @@ class NativeEngine:
             reason = "stop"
         elif row.made >= row.request.sampling.max_tokens:
             reason = "length"
-        row.put(Delta(() if token in self.eos else (token,), reason))
+        if token not in self.eos:
+            row.held.append(token)
+        if reason is not None or row.request.stream:
+            row.put(Delta(tuple(row.held), reason))
+            row.held.clear()
         if reason is not None:
             self._leave(row)
 

@@ -1,0 +1,88 @@
+"""``--submit`` against a Ray cluster of its own, started as an operator would, with token authentication on."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests import trade
+
+TOKEN = secrets.token_hex(16)
+AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """The dashboard's address of a head node on loopback; ended by its process group, as `ray stop` goes by name."""
+    dashboard = trade.free_port()
+    ports = {
+        name: trade.free_port()
+        for name in ("port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port")
+    }
+    directory = tempfile.mkdtemp(prefix="mr-")  # short: it holds Unix sockets
+    bin_directory = str(Path(sys.executable).parent)
+    environment = {**os.environ, **AUTH, "PATH": f"{bin_directory}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    command = [f"{bin_directory}/ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={directory}"]
+    command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    command += ["--node-ip-address=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items())]
+    log = Path(directory, "start.log")
+    with log.open("w") as sink:
+        started = subprocess.Popen(command, env=environment, stdout=sink, stderr=sink, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        trade.wait_for("the dashboard", lambda: answers(address) or started.poll() is not None, 120)
+        assert started.poll() is None, log.read_text()
+        yield address
+    finally:
+        members = trade.family(started.pid)
+        started.send_signal(signal.SIGTERM)
+        try:
+            started.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
+        trade.assert_gone(members)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def answers(address: str) -> bool:
+    try:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        return httpx.get(f"{address}/api/version", headers=headers, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_verbs_run_as_jobs_of_a_cluster_that_asks_for_its_token(head: str, tmp_path: Path) -> None:
+    config = trade.write_config(tmp_path)
+    at = ["--submit", "--set", f"ray.address={head}"]
+
+    with trade.desk(config, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32) as stranger:
+        assert "token" in stranger.fails(5, "index", *at)
+    assert trade.registry(trade.load(config)).knowledge_head("lamps") == 0
+
+    with trade.desk(config, **AUTH) as desk:
+        indexed = desk.ok("index", *at)
+        assert "knowledge lamps v1: 8 documents" in indexed.out, "the job's log is followed to its end"
+        trained = desk.ok("train", *at, "--set", "training.workers=1", "--set", "training.max_steps=2")
+        assert "adapter lamps@1" in trained.out
+        assert [adapter.ref for adapter in trade.registry(trade.load(config)).adapters()] == ["lamps@1"]
+
+        failed = desk.fails(5, "index", *at, "--set", "knowledge.documents=/nowhere")
+        assert "ended as FAILED" in failed
+
+
+def test_an_address_without_a_job_server_is_named(tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{trade.free_port()}"
+    with trade.desk(trade.write_config(tmp_path)) as desk:
+        said = desk.fails(5, "index", "--submit", "--set", f"ray.address={address}")
+    assert address in said and "--submit wants the address of the dashboard" in said

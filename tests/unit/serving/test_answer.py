@@ -1,0 +1,186 @@
+"""One answer in one process: retrieve, prompt, generate, cite."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from cluster.config import PromptConfig, RetrievalConfig
+from cluster.errors import ContextTooLong
+from retrieval.types import Passage, Principal, Retrieved
+from serving.answer import Done, Found, Part, Question, Text, answer
+from serving.engine.base import Delta, GenerateRequest, Sampling
+from serving.names import Resolved
+
+PROMPT = PromptConfig()
+PASSAGES = tuple(
+    Passage(f"c{n}", f"d{n}", "Tariff", "", text, f"d{n}.md", 0, 0.9)
+    for n, text in enumerate(["A trailer costs 5 crowns.", "Dogs stay on a lead."])
+)
+QUESTION = Question(
+    "r1",
+    [{"role": "user", "content": "What does a trailer cost on the ferry?"}],
+    Sampling(32, temperature=0.5, seed=4),
+    Principal("acme", ("staff",)),
+    Resolved("support@1", "a" * 64, None, PROMPT, RetrievalConfig(top_k=2, candidates=5)),
+    "docs",
+    7,
+)
+
+
+class Pipeline:
+    """Retrieves `passages`, generates `text` a byte a step, and keeps what it was asked."""
+
+    def __init__(self, tokenizer: Any, text: str = "5 crowns [1]", passages: Sequence[Passage] = PASSAGES) -> None:
+        self.tokenizer, self.text, self.passages = tokenizer, text, tuple(passages)
+        self.retrieved: list[tuple[Any, ...]] = []
+        self.generated: list[GenerateRequest] = []
+        self.closed = 0
+
+    async def retrieve(self, *asked: Any) -> Retrieved:
+        self.retrieved.append(asked)
+        return Retrieved(self.passages, "docs", 7, {"embed": 0.1, "search": 0.2})
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
+        self.generated.append(request)
+        try:
+            for token in self.tokenizer.encode(self.text, add_special_tokens=False):
+                yield Delta((token,))
+            yield Delta((), "length")
+        finally:
+            self.closed += 1
+
+    def parts(self, question: Question = QUESTION, context: int = 2048) -> AsyncIterator[Part]:
+        return answer(question, self.retrieve, self.generate, self.tokenizer, context)
+
+
+def ask(pipeline: Pipeline, question: Question = QUESTION, **options: Any) -> list[Part]:
+    async def run() -> list[Part]:
+        return [part async for part in pipeline.parts(question, **options)]
+
+    return asyncio.run(run())
+
+
+def done(parts: list[Part]) -> Done:
+    last = parts[-1]
+    assert isinstance(last, Done)
+    return last
+
+
+def test_passages_come_first_then_text_then_the_end(tokenizer: Any) -> None:
+    parts = ask(Pipeline(tokenizer))
+    assert parts[0] == Found(PASSAGES)
+    assert all(isinstance(part, Text) for part in parts[1:-1])
+    assert "".join(part.text for part in parts[1:-1] if isinstance(part, Text)) == done(parts).text == "5 crowns [1]"
+
+
+def test_the_end_counts_tokens_and_says_why(tokenizer: Any) -> None:
+    pipeline = Pipeline(tokenizer)
+    end = done(ask(pipeline))
+    assert end.finish_reason == "length"
+    assert end.prompt_tokens == len(pipeline.generated[0].token_ids)
+    assert end.completion_tokens == len("5 crowns [1]")
+    assert set(end.seconds) == {"embed", "search", "first_token", "generate"}
+
+
+def test_the_retriever_is_asked_as_the_question_says(tokenizer: Any) -> None:
+    pipeline = Pipeline(tokenizer)
+    ask(pipeline)
+    (asked,) = pipeline.retrieved
+    assert asked == (
+        "What does a trailer cost on the ferry?",
+        "docs",
+        7,
+        Principal("acme", ("staff",)),
+        RetrievalConfig(top_k=2, candidates=5),
+    )
+
+
+def test_top_k_of_the_request_widens_the_candidates(tokenizer: Any) -> None:
+    pipeline = Pipeline(tokenizer)
+    ask(pipeline, replace(QUESTION, top_k=9))
+    settings = pipeline.retrieved[0][-1]
+    assert (settings.top_k, settings.candidates) == (9, 9)
+
+
+def test_the_engine_gets_adapter_and_sampling(tokenizer: Any) -> None:
+    pipeline = Pipeline(tokenizer)
+    ask(pipeline)
+    (sent,) = pipeline.generated
+    assert (sent.request_id, sent.adapter, sent.sampling) == ("r1", "a" * 64, QUESTION.sampling)
+    assert "[1] Tariff\nA trailer costs 5 crowns.\n\n[2] Tariff\n" in tokenizer.decode(sent.token_ids)
+
+
+def test_marks_become_citations_of_given_passages(tokenizer: Any) -> None:
+    end = done(ask(Pipeline(tokenizer, "5 [2], not 6 [3] [1]")))
+    assert [(c.number, c.passage.doc_id) for c in end.citations] == [(2, "d1"), (1, "d0")]
+    assert [end.text[c.start : c.end] for c in end.citations] == ["[2]", "[1]"]
+
+
+def test_marks_of_passages_that_did_not_fit_cite_nothing(tokenizer: Any) -> None:
+    tight = replace(QUESTION, resolved=replace(QUESTION.resolved, prompt=PromptConfig(passage_tokens=40)))
+    parts = ask(Pipeline(tokenizer, "5 [1] [2]"), tight)
+    assert parts[0] == Found(PASSAGES[:1])
+    assert [c.number for c in done(parts).citations] == [1]
+
+
+def test_nothing_over_the_floor_declines_without_generating(tokenizer: Any) -> None:
+    pipeline = Pipeline(tokenizer, passages=())
+    parts = ask(pipeline)
+    assert parts == [
+        Found(()),
+        Text(PROMPT.decline),
+        Done(PROMPT.decline, "stop", (), True, 0, 0, {"embed": 0.1, "search": 0.2}),
+    ]
+    assert pipeline.generated == []
+
+
+@pytest.mark.parametrize(("said", "declined"), [(PROMPT.decline, True), ("5 crowns", False)])
+def test_a_generated_decline_is_known(tokenizer: Any, said: str, declined: bool) -> None:
+    assert done(ask(Pipeline(tokenizer, said))).declined is declined
+
+
+def test_a_closed_book_answer_asks_no_retriever(tokenizer: Any) -> None:
+    pipeline = Pipeline(tokenizer)
+    parts = ask(pipeline, replace(QUESTION, knowledge=None))
+    assert pipeline.retrieved == []
+    assert parts[0] == Found(())
+    assert done(parts).citations == ()
+    assert PROMPT.system_closed in tokenizer.decode(pipeline.generated[0].token_ids)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_anything_is_said(tokenizer: Any) -> None:
+    pipeline = Pipeline(tokenizer)
+    with pytest.raises(ContextTooLong):
+        ask(pipeline, context=200)
+    assert pipeline.generated == []
+
+
+def test_half_a_character_at_the_end_is_still_told(tokenizer: Any) -> None:
+    pipeline = Pipeline(tokenizer)
+
+    async def generate(request: GenerateRequest) -> AsyncIterator[Delta]:
+        yield Delta(tuple(tokenizer.encode("ok 🚚", add_special_tokens=False)[:-1]), "length")
+
+    pipeline.generate = generate  # type: ignore[method-assign]
+    parts = ask(pipeline)
+    assert "".join(part.text for part in parts if isinstance(part, Text)) == done(parts).text
+    assert done(parts).text.startswith("ok \ufffd")
+
+
+def test_a_reader_that_leaves_ends_the_generation(tokenizer: Any) -> None:
+    pipeline = Pipeline(tokenizer, "a long answer")
+
+    async def run() -> None:
+        stream = pipeline.parts()
+        async for part in stream:
+            if isinstance(part, Text):
+                break
+        await stream.aclose()  # type: ignore[attr-defined]
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert pipeline.closed == 1
+
+    asyncio.run(run())
