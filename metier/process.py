@@ -76,10 +76,10 @@ def read(config: Config) -> Up | None:
     return None
 
 
-def stop(up: Up) -> bool:
-    """Ask `up` to end, wait, and kill it if it does not; True if it went by itself."""
+def stop(up: Up, patience_s: float = STOP_SECONDS) -> bool:
+    """Ask `up` to end, wait `patience_s`, and kill it if it has not; True if it went by itself."""
     os.kill(up.pid, signal.SIGTERM)
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + patience_s
     while up.alive and time.monotonic() < deadline:
         time.sleep(0.1)
     if not up.alive:

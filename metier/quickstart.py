@@ -17,9 +17,9 @@ from metier.console import out, say, table
 
 EXAMPLE = Path("examples/corvane/metier.yaml")
 QUESTIONS = (
-    ("What does an unaccompanied trailer on R5 cost?", ["--stream"]),
-    ("Which form does the night watch fill in after every round?", ["--no-stream"]),
-    ("What is the name of the captain's dog on MV Petrel?", ["--no-stream"]),
+    ("What is the price of a nine-metre rigid lorry from Sennet Point to Tolloway?", ["--stream"]),
+    ("What colour is the badge that a late visitor to a vessel in port needs?", ["--no-stream"]),
+    ("Who painted the ceiling of the Sistine Chapel?", ["--no-stream"]),
 )
 """One streamed, one whole, one that the documents do not answer."""
 

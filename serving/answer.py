@@ -87,7 +87,7 @@ async def answer(
 ) -> AsyncGenerator[Part, None]:
     """Parts of the answer: one :class:`Found`, any number of :class:`Text`, one :class:`Done`.
 
-    Nothing above the score floor declines at once, without generating.
+    Nothing above the score floor, or nothing that fits the passage budget, declines at once, without generating.
 
     Args:
         context: tokens the model reads, prompt and answer together.
@@ -107,16 +107,16 @@ async def answer(
         found = await retrieve(query, question.knowledge, question.version, question.principal, settings)
         passages = found.passages
         seconds |= found.seconds
-        if not passages:
-            yield Found(())
-            yield Text(resolved.prompt.decline)
-            yield Done(resolved.prompt.decline, "stop", (), True, 0, 0, seconds)
-            return
 
     def count(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     grounded = ground(resolved.prompt, question.conversation, passages, count)
+    if passages is not None and not grounded.passages:
+        yield Found(())
+        yield Text(resolved.prompt.decline)
+        yield Done(resolved.prompt.decline, "stop", (), True, 0, 0, seconds)
+        return
     ids = prompt_ids(tokenizer, grounded.messages)
     check_length(len(ids), question.sampling.max_tokens, context)
     yield Found(grounded.passages)

@@ -92,7 +92,7 @@ def read_rows(files: Sequence[str | Path]) -> list[Row]:
             raise NotFound(
                 f"{file}: no such file; data.train and data.heldout list the JSONL files to read", param=str(file)
             )
-        for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        for number, line in enumerate(_text(file).split("\n"), 1):
             if not line.strip():
                 continue
             at = f"{file}:{number}"
@@ -111,6 +111,15 @@ def read_rows(files: Sequence[str | Path]) -> list[Row]:
         more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise BadInput("\n".join(problems[:10]) + more, param=problems[0].split(":")[0])
     return rows
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"{file}: not UTF-8 (byte {error.start}); write it again as UTF-8, for example with iconv", param=str(file)
+        ) from None
 
 
 def digest(rows: Iterable[BaseModel]) -> str:

@@ -33,6 +33,7 @@ def train_worker(spec: dict[str, Any]) -> None:
     import ray.train
     from datasets import Dataset
     from ray.train import Checkpoint
+    from transformers import set_seed
     from trl import SFTTrainer
 
     from training.loss import AnswerLossTrainer
@@ -44,6 +45,7 @@ def train_worker(spec: dict[str, Any]) -> None:
     encoded = encode(rows, tokenizer, config.training.max_tokens)
 
     with tempfile.TemporaryDirectory(prefix="metier-train-") as scratch:
+        set_seed(config.training.seed)  # the initial LoRA weights; the trainer sets it again for all that follows
         kind = SFTTrainer if config.training.gpus_per_worker > 0 else AnswerLossTrainer
         trainer = kind(
             model=load_with_lora(config, directory),

@@ -45,11 +45,8 @@ def head() -> Iterator[str]:
         yield address
     finally:
         members = trade.family(started.pid)
-        started.send_signal(signal.SIGTERM)
-        try:
-            started.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
         trade.assert_gone(members)
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -73,12 +70,17 @@ def test_verbs_run_as_jobs_of_a_cluster_that_asks_for_its_token(head: str, tmp_p
     with trade.desk(config, **AUTH) as desk:
         indexed = desk.ok("index", *at)
         assert "knowledge lamps v1: 8 documents" in indexed.out, "the job's log is followed to its end"
-        trained = desk.ok("train", *at, "--set", "training.workers=1", "--set", "training.max_steps=2")
-        assert "adapter lamps@1" in trained.out
-        assert [adapter.ref for adapter in trade.registry(trade.load(config)).adapters()] == ["lamps@1"]
-
         failed = desk.fails(5, "index", *at, "--set", "knowledge.documents=/nowhere")
         assert "ended as FAILED" in failed
+
+
+@pytest.mark.e2e
+def test_training_as_a_job_uses_the_cluster_it_runs_on(head: str, tmp_path: Path) -> None:
+    with trade.desk(trade.write_config(tmp_path), **AUTH) as desk:
+        desk.ok("index")
+        trained = desk.ok("train", "--submit", "--set", f"ray.address={head}", "--set", "training.max_steps=2")
+        assert "adapter lamps@1" in trained.out
+        assert [adapter["version"] for adapter in desk.ok("adapters", "list", "--json").json] == [1]
 
 
 def test_an_address_without_a_job_server_is_named(tmp_path: Path) -> None:

@@ -17,10 +17,8 @@ from typing import Any
 
 import torch
 
-from cluster.adapter_files import check_adapter_files
+from cluster.adapter_files import TENSOR, check_adapter_files
 from cluster.errors import Mismatch
-
-PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
 class Plan:
@@ -84,12 +82,14 @@ class LoraBank:
         """Read the PEFT files in `directory` into `slot`, over whatever was there.
 
         Raises:
-            Mismatch: a tensor has no place in this model; nothing of `slot` is used then.
+            Mismatch: a tensor has no place in this model, or is not finite; nothing has changed then.
         """
         from safetensors.torch import load_file
 
         settings = check_adapter_files(directory)
         pairs = _pairs(load_file(directory / "adapter_model.safetensors"))
+        for name, (a, b) in pairs.items():
+            self._check(name, a, b)
         self._make_room(pairs, int(settings["r"]))
         self.clear(slot)
         for name, (a, b) in pairs.items():
@@ -134,21 +134,35 @@ class LoraBank:
                     layer.widen(self.slots, rank, had)
             self.plan.rank = rank
 
-    def _wrap(self, name: str) -> LoraLinear:
+    def _check(self, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
         try:
-            base = self.model.get_submodule(name)
+            module: Any = self.model.get_submodule(name)
         except AttributeError:
-            base = None
+            module = None
+        base = module.base if isinstance(module, LoraLinear) else module
         if not isinstance(base, torch.nn.Linear):
             raise Mismatch(
                 f"the adapter adapts '{name}', which is no linear layer of this base model; serve its own base"
             )
-        wrapped = LoraLinear(base, self.plan)
+        if (a.shape[1], b.shape[0]) != (base.in_features, base.out_features):
+            raise Mismatch(
+                f"the adapter's '{name}' maps {a.shape[1]} to {b.shape[0]} features, this base model's "
+                f"{base.in_features} to {base.out_features}; serve its own base"
+            )
+        # The mask multiplies: what is not finite would reach the rows of other adapters.
+        if not (a.to(base.weight).isfinite().all() and b.to(base.weight).isfinite().all()):
+            raise Mismatch(f"the adapter's '{name}' holds values that {base.weight.dtype} does not; train it again")
+
+    def _wrap(self, name: str) -> LoraLinear:
+        wrapped = LoraLinear(self.model.get_submodule(name), self.plan)
         self.model.set_submodule(name, wrapped)
         return wrapped
 
 
 def _pairs(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Module name -> (``A [rank, in]``, ``B [out, rank]``)."""
-    names = [key.removeprefix(PREFIX).removesuffix(A) for key in tensors if key.endswith(A)]
-    return {name: (tensors[f"{PREFIX}{name}{A}"], tensors[f"{PREFIX}{name}{B}"]) for name in names}
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if match := TENSOR.fullmatch(key):
+            sides.setdefault(match["module"], {})[match["side"]] = tensor
+    return {name: (pair["A"], pair["B"]) for name, pair in sides.items()}

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ Reference = Callable[..., list[int]]
 
 @pytest.fixture
 def start(make_config: Make, tiny_llama: Path, adapters: dict[str, Path]) -> Iterator[Start]:
-    """``start("batch_size=1", …)``: a running engine that knows the adapters; it ends with the test."""
+    """``start("batch_size=1", …)``: a running engine that knows the adapters; it ends with the test.
+
+    With ``endless=True`` no token ends an answer before ``max_tokens``.
+    """
     with engines(make_config, tiny_llama, adapters) as starter:
         yield starter
 
@@ -38,11 +42,12 @@ def start(make_config: Make, tiny_llama: Path, adapters: dict[str, Path]) -> Ite
 def engines(make_config: Make, directory: Path, adapters: dict[str, Path]) -> Iterator[Start]:
     started: list[NativeEngine] = []
 
-    def start(*settings: str, model: Path = directory) -> NativeEngine:
+    def start(*settings: str, model: Path = directory, endless: bool = False) -> NativeEngine:
         generator = [f"serving.generator.{setting}" for setting in ("threads=1", *settings)]
         engine = NativeEngine(make_config(*generator), model)
         engine.start()
         started.append(engine)
+        engine.eos = frozenset() if endless else engine.eos
         for digest, files in adapters.items():
             engine.add_adapter(digest, files)
         return engine
@@ -152,7 +157,7 @@ def test_an_evicted_adapter_comes_back_the_same(start: Start, reference: Referen
 
 
 def test_a_waiting_adapter_is_not_passed_for_ever(start: Start) -> None:
-    engine = start("adapters_resident=1", "batch_size=4")
+    engine = start("adapters_resident=1", "batch_size=4", endless=True)
 
     async def run() -> None:
         done: list[str] = []
@@ -228,6 +233,17 @@ def test_a_prompt_that_is_too_long_is_refused(start: Start) -> None:
         answers(start(), request((5,) * 2045, n=4))
 
 
+def test_who_does_not_read_along_gets_one_delta(start: Start, reference: Reference) -> None:
+    engine = start()
+
+    async def run() -> list[Any]:
+        whole = request(PROMPTS[2], B)
+        return [delta async for delta in engine.generate(replace(whole, stream=False))]
+
+    (delta,) = asyncio.run(run())
+    assert (list(delta.token_ids), delta.finish_reason) == (reference(PROMPTS[2], B), "length")
+
+
 # -- sampling
 
 
@@ -277,7 +293,7 @@ def test_temperature_flattens() -> None:
 
 
 def test_a_reader_that_leaves_frees_its_slot(start: Start, reference: Reference) -> None:
-    engine = start("batch_size=1", "adapters_resident=1")
+    engine = start("batch_size=1", "adapters_resident=1", endless=True)
 
     async def run() -> list[int]:
         async with aclosing(engine.generate(request(adapter=A, n=LONG))) as stream:
@@ -292,7 +308,7 @@ def test_a_reader_that_leaves_frees_its_slot(start: Start, reference: Reference)
 
 
 def test_a_cancelled_task_that_waits_leaves_the_queue(start: Start) -> None:
-    engine = start("batch_size=1")
+    engine = start("batch_size=1", endless=True)
 
     async def run() -> None:
         async with aclosing(engine.generate(request(n=LONG))) as stream:
@@ -308,7 +324,7 @@ def test_a_cancelled_task_that_waits_leaves_the_queue(start: Start) -> None:
 
 
 def test_a_caller_whose_event_loop_is_gone_hurts_nobody(start: Start, reference: Reference) -> None:
-    engine = start("batch_size=2")
+    engine = start("batch_size=2", endless=True)
     loop = asyncio.new_event_loop()
     stream: AsyncIterator[Any] = engine.generate(request(n=LONG))
     loop.run_until_complete(anext(stream))
@@ -318,7 +334,7 @@ def test_a_caller_whose_event_loop_is_gone_hurts_nobody(start: Start, reference:
 
 
 def test_a_full_queue_is_refused(start: Start) -> None:
-    engine = start("batch_size=1", "max_ongoing_requests=1")
+    engine = start("batch_size=1", "max_ongoing_requests=1", endless=True)
 
     async def run() -> None:
         async with aclosing(engine.generate(request(n=LONG))) as stream:
@@ -333,7 +349,7 @@ def test_a_full_queue_is_refused(start: Start) -> None:
 
 
 def test_stopping_ends_all_who_wait(start: Start) -> None:
-    engine = start("batch_size=1")
+    engine = start("batch_size=1", endless=True)
 
     async def run() -> list[Any]:
         callers = [asyncio.create_task(complete(engine, request(n=LONG))) for _ in range(3)]

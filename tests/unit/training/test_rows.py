@@ -108,3 +108,10 @@ def test_the_digest_follows_content_and_order() -> None:
     one, two = Row(**GOOD), Row(**GOOD | {"id": "t2"})
     assert digest([one, two]) == digest([Row(**GOOD), two])
     assert len({digest([one, two]), digest([two, one]), digest([one])}) == 3
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes('{"id": "Fähre"}'.encode("latin-1"))
+    with pytest.raises(BadInput, match="not UTF-8"):
+        read_rows([file])
