@@ -20,11 +20,8 @@ def list_(config: ConfigOption = None, set_: SetOption = None, json: JsonOption 
     if json:
         print_json(found)
         return
-    rows = [
-        (f"{a.name}@{a.version}", a.digest[:12], a.card.base.source, a.card.rank, a.card.prompt or "-", a.created[:16])
-        for a in found
-    ]
-    table(("adapter", "digest", "base", "rank", "prompt", "created"), rows)
+    rows = [(a.ref, a.digest[:12], a.card.base.source, a.card.rank, a.created[:10]) for a in found]
+    table(("adapter", "digest", "base", "rank", "created"), rows)
 
 
 @app.command()

@@ -15,11 +15,13 @@ from rich.table import Table
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 BARS = "▁▂▃▄▅▆▇█"
+SHORT = 24
+"""Characters; what is as short as this is kept on one line of a table."""
 
 
 def say(line: str) -> None:
     """One line of progress, on stderr."""
-    err.print(line, markup=False)
+    err.print(line, markup=False, soft_wrap=True)
 
 
 def complain(message: str) -> None:
@@ -35,11 +37,12 @@ def print_json(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str | None = None) -> None:
-    """A table on stdout; columns whose values are numbers are set right."""
+    """A table on stdout; columns whose values are numbers are set right, and only long ones are folded."""
     grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for position, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[position], (int, float)) for row in rows)
-        grid.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        short = max([len(str(row[position])) for row in rows], default=0) <= SHORT
+        grid.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=short)
     for row in rows:
         grid.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
     out.print(grid)

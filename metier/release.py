@@ -88,7 +88,7 @@ def list_(config: ConfigOption = None, set_: SetOption = None, json: JsonOption 
         adapter = f"{parts.adapter.name}@{parts.adapter.version}" if parts.adapter else "-"
         knowledge = f"{parts.knowledge.name} {parts.knowledge.version}" if parts.knowledge else "-"
         aliases = ", ".join(made.aliases)
-        rows.append((f"{made.name}@{made.digest[:12]}", made.version, aliases, adapter, knowledge, made.created[:16]))
+        rows.append((f"{made.name}@{made.digest[:12]}", made.version, aliases, adapter, knowledge, made.created[:10]))
     table(("release", "version", "aliases", "adapter", "knowledge", "created"), rows)
 
 

@@ -25,16 +25,14 @@ def status(config: ConfigOption = None, set_: SetOption = None, json: JsonOption
     if json:
         print_json(state)
         return
-    newest = (
-        f"{adapters[-1].name}@{adapters[-1].version} is the newest" if adapters else "none; `metier train` makes one"
-    )
+    newest = max(adapters, key=lambda adapter: adapter.created, default=None)
     knowledge = state["knowledge"]["version"]  # type: ignore[index]
     table(
         ("what", "state"),
         [
             ("server", f"up at {running.url} (process {running.pid})" if running else "down; `metier up` starts it"),
             ("knowledge", f"{settings.knowledge.name} v{knowledge}" if knowledge else "empty; `metier index` fills it"),
-            ("adapters", f"{len(adapters)}, {newest}" if adapters else newest),
+            ("adapters", f"{len(adapters)}, newest {newest.ref}" if newest else "none; `metier train` makes one"),
             ("releases", str(len(releases)) if releases else "none; `metier release create` makes one"),
             (f"{settings.name}@prod", prod.digest[:12] if prod else "-"),
         ],
