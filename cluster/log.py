@@ -36,7 +36,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "msg": record.getMessage(),
         }
-        entry |= {key: value for key, value in vars(record).items() if key not in STANDARD}
+        entry |= _extras(record)
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return json.dumps(entry, default=str, ensure_ascii=False)
@@ -46,13 +46,18 @@ class HumanFormatter(logging.Formatter):
     """``12:03:55 info  retrieval.ingest: 48 documents read  collection=corvane``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        extra = " ".join(f"{key}={value}" for key, value in vars(record).items() if key not in STANDARD)
+        extra = " ".join(f"{key}={value}" for key, value in _extras(record).items())
         line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.levelname.lower():7} {record.name}: {record.getMessage()}"
         if extra:
             line += f"  {extra}"
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+def _extras(record: logging.LogRecord) -> dict[str, Any]:
+    """What was passed as ``extra=``; what a library marks records with (Ray: ``_ray_timestamp_ns``) is not."""
+    return {key: value for key, value in vars(record).items() if key not in STANDARD and not key.startswith("_")}
 
 
 def setup(config: LoggingConfig) -> None:
