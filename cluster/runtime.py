@@ -7,6 +7,8 @@ import logging
 import os
 import shlex
 import signal
+import socket
+import sys
 import tempfile
 import threading
 import time
@@ -41,6 +43,7 @@ def connect(config: Config) -> Iterator[None]:
     from ray.exceptions import AuthenticationError
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    _reach(config)
     local = config.ray.address == "local"
     options = {"num_cpus": config.ray.num_cpus, "include_dashboard": False} if local else {}
     try:
@@ -54,18 +57,15 @@ def connect(config: Config) -> Iterator[None]:
     except AuthenticationError as error:
         raise _unauthorized(config, error) from error
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-        raise Unavailable(
-            f"no Ray cluster answers at ray.address '{config.ray.address}' ({_first_line(error)}); "
-            "start one with `ray start --head`, or set ray.address=local",
-            param="ray.address",
-        ) from error
+        raise _unanswered(config, error) from error
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
             signal.signal(number, handler)  # Ray's own prints C++ frames and dies without cleaning up
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it notices there, and stdout is for results
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def capacity() -> Amount:
@@ -126,6 +126,24 @@ def _for_cluster(config: Config) -> dict[str, Any]:
     data = public_dict(config)
     data["store"].pop("token")
     return data
+
+
+def _reach(config: Config) -> None:
+    """Raise if nothing listens at a ``host:port``: Ray itself would try for minutes, in silence."""
+    host, _, port = config.ray.address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise _unanswered(config, error) from error
+
+
+def _unanswered(config: Config, error: Exception) -> Unavailable:
+    return Unavailable(
+        f"no Ray cluster answers at ray.address '{config.ray.address}' ({_first_line(error)}); "
+        "start one with `ray start --head`, or set ray.address=local",
+        param="ray.address",
+    )
 
 
 def _unauthorized(config: Config, error: Exception) -> Unavailable:

@@ -142,6 +142,17 @@ class Storage:
             except FileNotFoundError as error:
                 self._check_bucket(error)
 
+    def arrow(self, path: str) -> tuple[Any, str]:
+        """`path` for libraries that write through pyarrow (Ray Train): a file system and the path on it.
+
+        On a directory the file system is ``None``: the path alone says it all.
+        """
+        if self.local:
+            return None, self._full(path)
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        return PyFileSystem(FSSpecHandler(self.fs)), self._full(path)
+
     def _full(self, path: str) -> str:
         if path.startswith("/") or ".." in path.split("/"):
             raise BadInput(f"'{path}' leaves the storage")

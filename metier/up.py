@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from cluster.config import Config
-from cluster.errors import Unavailable
+from cluster.errors import MetierError, Unavailable
 from metier import process
 from metier.console import say
 from metier.options import ConfigOption, SetOption, open_config, server_url
@@ -94,10 +94,13 @@ def _detached(settings: Config, file: Path | None, overrides: list[str]) -> None
             if child.poll() is not None:
                 break
             time.sleep(0.2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         child.terminate()
         child.wait()
         raise
     child.terminate()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error:")]
-    raise Unavailable("\n".join(line.removeprefix("error: ") for line in lines) or f"it did not start; see {log}")
+    kinds = {kind.exit_code: kind for kind in MetierError.__subclasses__()}
+    raise kinds.get(child.poll() or 0, Unavailable)(
+        "\n".join(line.removeprefix("error: ") for line in lines) or f"it did not start; see {log}"
+    )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 from collections.abc import Callable, Iterator
 
-from cluster import runtime
+from cluster import errors, runtime
 from cluster.config import Config
 from cluster.errors import BadInput, MetierError, ResourcesShort, Unavailable
 from cluster.resources import check, demand
 from retrieval.embedded import EMBEDDED, serve
 
 Say = Callable[[str], None]
+OURS = re.compile(r".*\bcluster\.errors\.(\w+): (.+)", re.DOTALL)
+"""The last error of ours in a traceback, which is all that Serve passes on of it."""
 
 
 @contextlib.contextmanager
@@ -114,11 +117,15 @@ def _why(config: Config, error: Exception) -> MetierError:
     application = ray_serve.status().applications.get(config.name)
     if application is None:
         return Unavailable(f"Serve did not start the application: {error}")
-    messages = [
-        f"{name}: {_last_line(deployment.message)}"
+    failed = {
+        name: deployment.message.strip()
         for name, deployment in application.deployments.items()
         if deployment.status != "HEALTHY" and deployment.message
-    ]
+    }
+    for name, message in failed.items():
+        if (ours := OURS.fullmatch(message)) and isinstance(kind := getattr(errors, ours[1], None), type):
+            return kind(f"{name}: {ours[2]}")  # type: ignore[no-any-return]
+    messages = [f"{name}: {_last_line(message)}" for name, message in failed.items()]
     return Unavailable(
         "\n".join(messages) or f"the application is {application.status}: {_last_line(application.message)}"
     )

@@ -15,7 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,8 @@ def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60) -> An
     return value
 
 
-def assert_gone(processes: Sequence[psutil.Process], seconds: float = 60) -> None:
-    """Of `processes` none is left after a moment."""
+def assert_gone(processes: Sequence[psutil.Process], seconds: float = 120) -> None:
+    """Of `processes` none is left after a moment; two of Ray's agents take a minute to notice a killed Ray."""
     deadline = time.monotonic() + seconds
     while left := [process for process in processes if alive(process)]:
         if time.monotonic() > deadline:
@@ -294,11 +294,17 @@ class Desk:
         command = [sys.executable, "-m", "metier", *verb]
         if verb[0] != "--version":
             command += ["--config", str(self.config)]
-        sink = log.open("w") if log else subprocess.PIPE
-        environment = {**os.environ, "METIER_TEST_MARK": self.mark, "COLUMNS": "200", "NO_COLOR": "1", **self.environment}
-        return subprocess.Popen(
-            command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, text=True, env=environment, process_group=0
-        )
+        environment = {
+            **os.environ,
+            "METIER_TEST_MARK": self.mark,
+            "COLUMNS": "200",
+            "NO_COLOR": "1",
+            **self.environment,
+        }
+        with log.open("w") if log else nullcontext(subprocess.PIPE) as sink:
+            return subprocess.Popen(
+                command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, text=True, env=environment, process_group=0
+            )
 
     def left(self) -> list[psutil.Process]:
         """Processes that were started from here and live."""

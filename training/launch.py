@@ -6,11 +6,11 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 from cluster.config import Config, to_json
 from cluster.errors import MetierError, Unavailable
+from cluster.storage import Storage
 
 Event = dict[str, Any]
 POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
@@ -41,6 +41,7 @@ def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event]
         os.environ.setdefault(name, value)
     training = config.training
     on_gpu = training.gpus_per_worker > 0
+    filesystem, path = Storage(config.storage.url, config.storage.options).arrow("runs")
     events = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,
@@ -56,7 +57,8 @@ def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event]
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         run_config=RunConfig(
             name=run,
-            storage_path=storage_path(config),
+            storage_path=path,
+            storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=training.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
@@ -67,7 +69,7 @@ def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event]
         except Exception as error:
             raise _cause(error) from error
     if result.checkpoint is None:
-        raise Unavailable(f"run {run} ended without a checkpoint; its logs are under {storage_path(config)}/{run}")
+        raise Unavailable(f"run {run} ended without a checkpoint; what it left is under {path}/{run}")
     return result.checkpoint
 
 
@@ -83,12 +85,6 @@ def _fit(trainer: Any) -> Any:
 
     threading.Thread(target=fit, name="metier-train-fit", daemon=True).start()
     return outcome.result()
-
-
-def storage_path(config: Config) -> str:
-    """Where Ray Train keeps the runs: a directory or URL that all nodes reach."""
-    url = config.storage.url.rstrip("/")
-    return f"{url}/runs" if "://" in url else str(Path(url) / "runs")
 
 
 class _Pump:

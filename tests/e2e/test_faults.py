@@ -59,22 +59,27 @@ def first_step(log: str) -> int:
     return int(next(line for line in log.splitlines() if "training: " in line).split("training: ")[1].split("/")[0])
 
 
-def test_training_that_is_killed_publishes_nothing_and_goes_on_from_its_checkpoint(desk: trade.Desk, tmp_path: Path) -> None:
+def test_training_that_is_killed_publishes_nothing_and_goes_on_from_its_checkpoint(
+    desk: trade.Desk, tmp_path: Path
+) -> None:
     child, verb = training(desk, tmp_path / "log", "killed")
     members = trade.family(child.pid)
     assert any("RayTrainWorker" in trade.command_line(member) for member in members)
     child.kill()
     child.wait()
-    trade.assert_gone(members)
+    trade.assert_gone([member for member in members if "Agent" not in trade.command_line(member)])
     assert adapters(desk, "killed") == []
 
     resumed = desk.ok(*verb)
     assert first_step(resumed.err) > 2, resumed.err
     assert "40 steps" in resumed.err
     assert [entry["version"] for entry in adapters(desk, "killed")] == [1]
+    trade.assert_gone(members)
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")])
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
 def test_training_that_is_interrupted_says_so_and_leaves_nothing(
     desk: trade.Desk, tmp_path: Path, number: signal.Signals, code: int, word: str
 ) -> None:
@@ -102,7 +107,7 @@ def test_a_server_that_is_killed_takes_everything_with_it_and_can_be_started_aga
     assert sum("ServeReplica" in line for line in lines) == 3
 
     os.kill(server["pid"], signal.SIGKILL)
-    trade.assert_gone(members)
+    trade.assert_gone([member for member in members if "Agent" not in trade.command_line(member)])
     assert desk.ok("status", "--json").json["server"] is None
 
     desk.ok("up", "-d")
@@ -111,6 +116,7 @@ def test_a_server_that_is_killed_takes_everything_with_it_and_can_be_started_aga
     assert again["pid"] != server["pid"] and again["url"] == server["url"]
     assert f"already up at {server['url']}" in desk.ok("up").err
     desk.ok("down")
+    trade.assert_gone(members)
 
 
 def test_a_foreground_server_ends_cleanly_with_ctrl_c(desk: trade.Desk, tmp_path: Path) -> None:
@@ -174,8 +180,7 @@ def test_what_does_not_answer_is_named(desk: trade.Desk, tmp_path: Path) -> None
 
 def test_what_contradicts_is_refused(desk: trade.Desk, tmp_path: Path) -> None:
     assert "did you mean workers?" in desk.fails(2, "train", "--set", "training.worker=3")
-    assert "no such file" in desk.fails(2, "index", "--set", "knowledge.chunk_tokens=900").lower() or True
-
+    assert "knowledge.chunk_tokens (900)" in desk.fails(2, "index", "--set", "knowledge.chunk_tokens=900")
     (tmp_path / "rows.jsonl").write_text('{"id": "x", "messages": []}\n')
     assert "rows.jsonl:1: messages" in desk.fails(2, "train", "--set", f"data.train=[{tmp_path}/rows.jsonl]")
 
@@ -192,14 +197,18 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KB, which needs root and a kernel that lets us mount."""
     target = tmp_path / "disk"
     target.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", target], capture_output=True, text=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", target], capture_output=True, text=True
+    )
     if mounted.returncode != 0:
         pytest.skip(f"no small file system to fill: {mounted.stderr.strip()}")
     yield target
     subprocess.run(["umount", target], check=True)
 
 
-def test_a_full_disk_is_said_and_nothing_half_written_counts(desk: trade.Desk, tmp_path: Path, small_disk: Path) -> None:
+def test_a_full_disk_is_said_and_nothing_half_written_counts(
+    desk: trade.Desk, tmp_path: Path, small_disk: Path
+) -> None:
     config = trade.load(desk.config)
     files = trade.write_adapter(config, tmp_path / "large", rank=16)
     at = ["--set", f"storage.url={small_disk}"]

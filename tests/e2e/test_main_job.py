@@ -95,7 +95,10 @@ def test_from_documents_to_a_released_served_and_judged_expert(desk: trade.Desk,
     desk.ok("release", "rollback", "lamps")
     assert desk.ok("ask", QUESTION, "--json").json["release"] == made["digest"]
     listed = desk.ok("release", "list", "--json").json
-    assert [(entry["digest"], entry["aliases"]) for entry in listed] == [(made["digest"], ["prod"]), (other["digest"], [])]
+    assert [(entry["digest"], entry["aliases"]) for entry in listed] == [
+        (made["digest"], ["prod"]),
+        (other["digest"], []),
+    ]
     assert desk.ok("release", "show", "lamps@prod").json["digest"] == made["digest"]
 
     assert "down" in desk.ok("down").err

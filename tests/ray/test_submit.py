@@ -31,7 +31,12 @@ def head() -> Iterator[str]:
     }
     directory = tempfile.mkdtemp(prefix="mr-")  # short: it holds Unix sockets
     bin_directory = str(Path(sys.executable).parent)
-    environment = {**os.environ, **AUTH, "PATH": f"{bin_directory}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {
+        **os.environ,
+        **AUTH,
+        "PATH": f"{bin_directory}:{os.environ['PATH']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     command = [f"{bin_directory}/ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={directory}"]
     command += ["--include-dashboard=true", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     command += ["--node-ip-address=127.0.0.1", *(f"--{name}={port}" for name, port in ports.items())]

@@ -19,7 +19,9 @@ from cluster.release import prompt_hash
 from tests import trade
 from training.run import train
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # the libraries', of themselves
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # the libraries', of themselves
 Event = dict[str, Any]
 STEPS = 12
 
@@ -93,7 +95,9 @@ def plain_peft_moves(config: Config, files: Path) -> bool:
     return bool((before - after).abs().max() > 1e-3)
 
 
-def test_a_worker_that_is_killed_costs_the_steps_since_the_last_checkpoint(config: Config) -> None:
+def test_a_worker_that_is_killed_costs_the_steps_since_the_last_checkpoint(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
     events: list[Event] = []
     killed: list[int] = []
 
@@ -112,6 +116,7 @@ def test_a_worker_that_is_killed_costs_the_steps_since_the_last_checkpoint(confi
     assert 1 < steps[restart] <= steps[restart - 1], "it did not go on from a checkpoint"
     assert steps[restart:] == list(range(steps[restart], STEPS + 1))
     assert made.ref == "survivor@1" and made.card.training["steps"] == STEPS
+    assert "worker died" not in capsys.readouterr().out, "what Ray notices is not a result"
 
 
 def test_more_cpus_than_there_are_is_refused_in_numbers(config: Config) -> None:
