@@ -44,7 +44,7 @@ def ask(
             if json:
                 print_json(reply)
                 return
-            out.print(reply.text, markup=False)
+            out.print(reply.text, markup=False, soft_wrap=True)
         else:
             for piece in client.stream(name, messages, **options):
                 if isinstance(piece, Reply):
@@ -57,7 +57,7 @@ def ask(
 
 def _print_sources(reply: Any) -> None:
     for citation in reply.citations:
-        out.print(f"  [{citation.number}] {citation.filename}", style="cyan", markup=False)
+        out.print(f"  [{citation.number}] {citation.filename}", style="cyan", markup=False, soft_wrap=True)
     notes = ["declined: the documents do not say"] if reply.declined else []
     times = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in reply.seconds.items())
-    out.print("  " + "  ".join([f"by {reply.model}", *notes, times]), style="dim", markup=False)
+    out.print("  " + "  ".join([f"by {reply.model}", *notes, times]), style="dim", markup=False, soft_wrap=True)

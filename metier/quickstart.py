@@ -12,7 +12,9 @@ from typing import Annotated
 
 import typer
 
+from cluster.config import load
 from cluster.errors import NotFound
+from metier import process
 from metier.console import out, say, table
 
 EXAMPLE = Path("examples/corvane/metier.yaml")
@@ -33,6 +35,12 @@ def quickstart(
         raise NotFound(
             f"{config}: no such file; run this in the root of the repository, or name an example with --config"
         )
+    settings = load(config)
+    ours = process.read(settings) is None
+    if ours:
+        from serving.up import check_port
+
+        check_port(settings)  # now, rather than after the training
     steps: list[tuple[str, Sequence[str]]] = [
         ("models: fetch the base model and the embedder", ["models", "fetch"]),
         ("index: documents into Milvus", ["index"]),
@@ -46,13 +54,13 @@ def quickstart(
     times: list[tuple[str, float]] = []
     try:
         for number, (title, verb) in enumerate(steps, 1):
-            out.print(f"\n[bold]\\[{number}/{len(steps)}][/bold] {title}")
-            out.print(f"$ metier {_shown(verb)} --config {config}", style="dim", markup=False)
+            out.print(f"\n[bold]\\[{number}/{len(steps)}][/bold] {title}", soft_wrap=True)
+            out.print(f"$ metier {_shown(verb)} --config {config}", style="dim", markup=False, soft_wrap=True)
             start = time.monotonic()
             _metier(verb, config)
             times.append((title.split(":")[0], time.monotonic() - start))
     finally:
-        if not keep:
+        if ours and not keep:
             _metier(["down"], config)
     out.print()
     table(
