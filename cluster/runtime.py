@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from cluster.config import Config, public_dict
 from cluster.errors import Unavailable
@@ -47,16 +48,17 @@ def connect(config: Config) -> Iterator[None]:
     local = config.ray.address == "local"
     options = {"num_cpus": config.ray.num_cpus, "include_dashboard": False} if local else {}
     try:
-        ray.init(
-            address=config.ray.address,
-            namespace=NAMESPACE,
-            log_to_driver=config.logging.level == "debug",
-            logging_level=logging.WARNING,
-            **options,
-        )
+        with _one_start_at_a_time() if local else contextlib.nullcontext():
+            ray.init(
+                address=config.ray.address,
+                namespace=NAMESPACE,
+                log_to_driver=config.logging.level == "debug",
+                logging_level=logging.WARNING,
+                **options,
+            )
     except AuthenticationError as error:
         raise _unauthorized(config, error) from error
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises a bare Exception when its daemons do not come up
         raise _unanswered(config, error) from error
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
@@ -128,6 +130,11 @@ def _for_cluster(config: Config) -> dict[str, Any]:
     return data
 
 
+def _one_start_at_a_time() -> FileLock:
+    """Two local Rays that start within the same second take each other's session files, and one of them fails."""
+    return FileLock(Path(tempfile.gettempdir(), f"metier-ray-start-{os.getuid()}.lock"))
+
+
 def _reach(config: Config) -> None:
     """Raise if nothing listens at a ``host:port``: Ray itself would try for minutes, in silence."""
     host, _, port = config.ray.address.removeprefix("ray://").rpartition(":")
@@ -139,6 +146,8 @@ def _reach(config: Config) -> None:
 
 
 def _unanswered(config: Config, error: Exception) -> Unavailable:
+    if config.ray.address == "local":
+        return Unavailable(f"Ray did not start on this machine: {_first_line(error)}; try again", param="ray.address")
     return Unavailable(
         f"no Ray cluster answers at ray.address '{config.ray.address}' ({_first_line(error)}); "
         "start one with `ray start --head`, or set ray.address=local",

@@ -45,7 +45,7 @@ def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event]
     events = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config={"config": to_json(config), "dataset": dataset, "events": events},
+        train_loop_config={"config": to_json(config), "run": run, "dataset": dataset, "events": events},
         scaling_config=ScalingConfig(
             num_workers=training.workers,
             use_gpu=on_gpu,

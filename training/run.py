@@ -32,6 +32,7 @@ from retrieval.store import Store
 from retrieval.types import Chunk, Principal
 from training.encode import encode, tokens
 from training.grounded import GroundedRow, ground_rows
+from training.history import History
 from training.launch import launch
 from training.publish import publish
 from training.rows import digest, read_rows
@@ -80,10 +81,10 @@ def train(
     path = f"datasets/{dataset.digest}.jsonl"
     storage.write(path, "".join(row.model_dump_json() + "\n" for row in grounded).encode())
     run = f"{config.training.adapter}-{recipe[:12]}" + (f"-{int(time.time())}" if force else "")
-    events: list[dict[str, Any]] = []
+    history = History(storage, run)
 
     def record(event: dict[str, Any]) -> None:
-        events.append(event)
+        history.add(event)
         on_event(event)
 
     with runtime.connect(config):
@@ -92,7 +93,7 @@ def train(
         checkpoint = launch(config, run=run, dataset=path, on_event=record)
         with tempfile.TemporaryDirectory(prefix="metier-adapter-") as scratch:
             directory = Path(checkpoint.to_directory(scratch))
-            storage.write(f"runs/{run}/metrics.jsonl", "".join(json.dumps(event) + "\n" for event in events).encode())
+            history.save()
             return publish(
                 registry,
                 config,
@@ -101,7 +102,7 @@ def train(
                 base_directory=base_directory,
                 dataset=dataset,
                 knowledge=knowledge,
-                events=events,
+                events=history.events,
                 recipe=recipe,
             )
 

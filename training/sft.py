@@ -6,8 +6,11 @@ sharded optimizer (one file a rank) is whole there whichever node a rank ran on.
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ def train_worker(spec: dict[str, Any]) -> None:
     """Train on one worker; called by Ray Train on each.
 
     Args:
-        spec: ``config`` (resolved JSON), ``dataset`` (path of the grounded rows in storage), ``events`` (a queue
+        spec: ``config`` (resolved JSON), ``run`` (its name), ``dataset`` (path of the grounded rows in storage), ``events`` (a queue
             that takes one dict a logging step, from rank 0).
     """
     import ray.train
@@ -44,7 +47,8 @@ def train_worker(spec: dict[str, Any]) -> None:
     rows = read_dataset(Storage(config.storage.url, config.storage.options), spec["dataset"])
     encoded = encode(rows, tokenizer, config.training.max_tokens)
 
-    with tempfile.TemporaryDirectory(prefix="metier-train-") as scratch:
+    rank = ray.train.get_context().get_world_rank()
+    with _scratch(f"metier-{spec['run']}-{rank}") as scratch:
         set_seed(config.training.seed)  # the initial LoRA weights; the trainer sets it again for all that follows
         kind = SFTTrainer if config.training.gpus_per_worker > 0 else AnswerLossTrainer
         trainer = kind(
@@ -63,10 +67,21 @@ def train_worker(spec: dict[str, Any]) -> None:
                 trainer.train(resume_from_checkpoint=str(resumed))
         final = Path(scratch, "final")
         trainer.save_model(str(final))
-        rank = ray.train.get_context().get_world_rank()
         ray.train.report(
             {"step": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(final) if rank == 0 else None
         )
+
+
+@contextlib.contextmanager
+def _scratch(name: str) -> Iterator[str]:
+    """An empty directory of this worker; what a killed worker of the same run left in it is removed first."""
+    directory = Path(tempfile.gettempdir(), name)
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(mode=0o700)
+    try:
+        yield str(directory)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def read_dataset(storage: Storage, path: str) -> list[GroundedRow]:
