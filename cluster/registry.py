@@ -91,9 +91,11 @@ class Log:
     is created exclusively, and who comes second tries the one after it.
     """
 
-    def __init__(self, storage: Storage, path: str) -> None:
+    def __init__(self, storage: Storage, path: str, known: dict[str, Entry] | None = None) -> None:
+        """`known` keeps entries that were read, by file; they never change, so reading a log again costs one listing."""
         self.storage = storage
         self.path = path
+        self.known = {} if known is None else known
 
     def head(self) -> int:
         """The last number; 0 if there is none."""
@@ -102,8 +104,11 @@ class Log:
         )
 
     def entry(self, number: int) -> Entry:
-        stored = json.loads(self.storage.read(self._file(number)))
-        return Entry(number, stored["created"], stored["data"])
+        file = self._file(number)
+        if file not in self.known:
+            stored = json.loads(self.storage.read(file))
+            self.known[file] = Entry(number, stored["created"], stored["data"])
+        return self.known[file]
 
     def entries(self) -> list[Entry]:
         """All entries, oldest first."""
@@ -146,10 +151,12 @@ class Registry:
         self.storage = storage
         self._manifests: dict[str, dict[str, Any]] = {}
         """By path; they never change once written."""
+        self._entries: dict[str, Entry] = {}
+        """Likewise, of all logs."""
 
     def log(self, path: str) -> Log:
         """The log at `path`."""
-        return Log(self.storage, path)
+        return Log(self.storage, path, self._entries)
 
     # -- adapters
 

@@ -524,3 +524,12 @@ def test_a_publisher_killed_half_way_leaves_nothing_to_see(registry: Registry, t
     fetched = registry.fetch_adapter(published.digest, tmp_path / "cache")
     name = "adapter_model.safetensors"
     assert (fetched / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+
+
+def test_a_name_that_was_resolved_costs_listings_only(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = Registry(storage)
+    registry.create_release("desk", release())
+    registry.promote("desk", "1")
+    registry.release("desk")
+    monkeypatch.setattr(Storage, "read", lambda self, path: pytest.fail(f"{path} was read again"))
+    assert registry.release("desk").aliases == ("prod",)
