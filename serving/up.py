@@ -32,7 +32,6 @@ def running(config: Config, say: Say) -> Iterator[None]:
         config = config.model_copy(update={"store": config.store.model_copy(update={"uri": uri})})
         say(f"Milvus at {uri}")
         with runtime.connect(config):
-            check(demand(config, "serve"), runtime.capacity())
             say("Ray is up; starting ingress, retriever and generator")
             try:
                 deploy(config)
@@ -42,13 +41,19 @@ def running(config: Config, say: Say) -> Iterator[None]:
 
 
 def deploy(config: Config) -> None:
-    """Start the application on the connected Ray and wait until it is healthy."""
+    """Start the application on the connected Ray and wait until it is healthy.
+
+    Raises:
+        ResourcesShort: the cluster cannot hold the first replicas.
+        MetierError: a replica failed to start.
+    """
     from ray import serve as ray_serve
     from ray.serve.config import HTTPOptions
     from ray.serve.schema import LoggingConfig
 
     from serving.app import application
 
+    check(demand(config, "serve"), runtime.capacity())
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
     ray_serve.start(

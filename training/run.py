@@ -1,6 +1,6 @@
 """A training run from rows to a published adapter, in the order docs/architecture.md walks through it.
 
-Everything that can be refused (rows, lengths, resources) is refused before Ray starts.
+Everything that can be refused is refused before workers start: rows and lengths before Ray does, resources after.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from cluster.storage import Storage
 from retrieval.embed import Embedder
 from retrieval.embedded import serve as serve_milvus
 from retrieval.filters import And, Condition, live, rights
+from retrieval.prompt import Tokenizer
 from retrieval.query import search_query
 from retrieval.retriever import Retriever
 from retrieval.store import Store
@@ -35,7 +36,7 @@ from training.grounded import GroundedRow, ground_rows
 from training.history import History
 from training.launch import launch
 from training.publish import publish
-from training.rows import digest, read_rows
+from training.rows import Row, digest, read_rows
 
 Say = Callable[[str], None]
 
@@ -62,15 +63,14 @@ def train(
     base_directory = resolve(config.base, config.models_cache)
     base = base_ref(config.base, base_directory)
 
-    grounded, knowledge = ground_on_index(config, registry, base_directory)
+    tokenizer = load_tokenizer(base_directory, config.base.trust_remote_code)
+    grounded, knowledge = ground_on_index(config, registry, rows, tokenizer)
     dataset = DatasetRef(
         digest=digest(grounded),
         rows=len(grounded),
         documents=sorted({doc for row in grounded for doc in row.documents}),
     )
-    encoded = encode(
-        grounded, load_tokenizer(base_directory, config.base.trust_remote_code), config.training.max_tokens
-    )
+    encoded = encode(grounded, tokenizer, config.training.max_tokens)
     say(f"{len(rows)} rows, {tokens(encoded)} tokens, passages from knowledge {knowledge.name} v{knowledge.version}")
 
     recipe = recipe_digest(config, base, dataset)
@@ -107,8 +107,10 @@ def train(
             )
 
 
-def ground_on_index(config: Config, registry: Registry, base_directory: Path) -> tuple[list[GroundedRow], KnowledgeRef]:
-    """Rows of ``data.train`` with the passages the retriever returns for them on the current knowledge version."""
+def ground_on_index(
+    config: Config, registry: Registry, rows: Sequence[Row], tokenizer: Tokenizer
+) -> tuple[list[GroundedRow], KnowledgeRef]:
+    """`rows` with the passages the retriever returns for them on the current knowledge version."""
     version = registry.knowledge_head(config.knowledge.name)
     if version == 0:
         raise NotFound(
@@ -116,8 +118,6 @@ def ground_on_index(config: Config, registry: Registry, base_directory: Path) ->
         )
     principal = Principal(config.knowledge.tenant, config.knowledge.groups)
     settings = config.retrieval.model_copy(update={"top_k": config.retrieval.candidates, "min_score": -1.0})
-    tokenizer = load_tokenizer(base_directory, config.base.trust_remote_code)
-
     with serve_milvus(config.store) as uri:
         store = Store(config.store, uri)
         retriever = Retriever(store, Embedder(resolve(config.embedder, config.models_cache), config.embedder))
@@ -134,7 +134,7 @@ def ground_on_index(config: Config, registry: Registry, base_directory: Path) ->
 
         grounded = list(
             ground_rows(
-                read_rows(config.data.train),
+                rows,
                 config.prompt,
                 retrieve=retrieve,
                 chunks_of=lambda doc_id: chunks.get(doc_id, []),
