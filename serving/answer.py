@@ -76,7 +76,7 @@ class Done:
     prompt_tokens: int
     completion_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time per stage: ``embed``, ``search``, ``first_token``, ``generate``."""
+    """Wall time per stage: ``embed``, ``search``, ``first_token`` (streams only), ``generate``."""
 
 
 Part = Found | Text | Done
@@ -126,7 +126,7 @@ async def answer(
     made, reason = 0, "stop"
     request = GenerateRequest(question.request_id, tuple(ids), question.sampling, resolved.adapter, question.stream)
     async for delta in generate(request):
-        if made == 0:
+        if made == 0 and question.stream:
             seconds["first_token"] = time.perf_counter() - began
         made += len(delta.token_ids)
         if piece := detokenizer.push(delta.token_ids):

@@ -180,7 +180,7 @@ def _log(question: Question, done: Done) -> None:
 
 
 def _request_id(request: Request) -> str:
-    return request.headers.get("x-request-id") or f"chatcmpl-{uuid.uuid4().hex}"
+    return request.headers.get("x-request-id", "")[:128] or uuid.uuid4().hex
 
 
 def _headers(question: Question) -> dict[str, str]:

@@ -97,7 +97,7 @@ def completion(
         "context": context(passages),
     }
     return {
-        "id": request_id,
+        "id": f"chatcmpl-{request_id}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": model,
@@ -118,7 +118,7 @@ def chunk(
     """One ``chat.completion.chunk``; without `delta` it has no choices (the usage chunk)."""
     choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}]
     return {
-        "id": request_id,
+        "id": f"chatcmpl-{request_id}",
         "object": "chat.completion.chunk",
         "created": created,
         "model": model,
