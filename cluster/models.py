@@ -364,7 +364,7 @@ def _indexes() -> list[str]:
     settings = re.findall(r"[.](index-url|extra-index-url|find-links|no-index)='(.+)'", _pip("config", "list").stdout)
     lines = [f"{key}: {' '.join(value.split(chr(92) + 'n'))}" for key, value in settings]
     if not any(key in ("index-url", "no-index") for key, _ in settings):
-        lines.insert(0, "index-url: https://pypi.org/simple (pip's default)")
+        lines.insert(0, "index-url: pip's default")
     return list(dict.fromkeys(lines))
 
 
