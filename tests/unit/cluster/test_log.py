@@ -68,6 +68,6 @@ def test_libraries_that_talk_too_much_are_kept_to_warnings(capsys: pytest.Captur
 
 
 def test_marks_of_libraries_are_not_shown() -> None:
-    marked = record("read", _ray_timestamp_ns=17, documents=48)
-    assert "_ray" not in HumanFormatter().format(marked)
+    marked = record("read", _library_mark=17, documents=48)
+    assert "_library" not in HumanFormatter().format(marked)
     assert set(json.loads(JsonFormatter().format(marked))) == {"ts", "level", "logger", "msg", "documents"}
