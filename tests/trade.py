@@ -303,7 +303,14 @@ class Desk:
         }
         with log.open("w") if log else nullcontext(subprocess.PIPE) as sink:
             return subprocess.Popen(
-                command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, text=True, env=environment, process_group=0
+                command,
+                stdout=sink,
+                stderr=sink,
+                stdin=subprocess.DEVNULL,
+                text=True,
+                env=environment,
+                process_group=0,
+                preexec_fn=_hear_ctrl_c,
             )
 
     def left(self) -> list[psutil.Process]:
@@ -319,6 +326,11 @@ class Desk:
 
     def assert_nothing_left(self) -> None:
         assert_gone(self.left())
+
+
+def _hear_ctrl_c() -> None:
+    """A shell that runs the tests in the background makes them, and what they start, deaf to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
