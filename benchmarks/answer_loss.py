@@ -7,36 +7,22 @@ covered: the optimizer, DeepSpeed, several workers, GPUs (where TRL's loss is us
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
+from benchmarks import report
 from cluster.config import load
 from cluster.models import load_tokenizer, resolve
 from training.base import load_with_lora
 from training.loss import AnswerLossTrainer
 
 ROWS, TOKENS, ANSWER = 4, 330, 12
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    arguments = parser.parse_args()
-    figures = measure(steps=3 if arguments.quick else 10)
-    print("  ".join(f"{arm} {value:.2f} s" for arm, value in figures["seconds"].items()))
-    print("ratios (TRL / ours): " + json.dumps(figures["ratios"]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def measure(steps: int) -> dict[str, Any]:
@@ -76,4 +62,4 @@ def measure(steps: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    report.run(__doc__, measure, quick=3, full=10)

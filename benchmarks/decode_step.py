@@ -7,8 +7,6 @@ adapters (PEFT with ``adapter_names``). Not covered: prefill, other engines.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -20,6 +18,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks import report
 from cluster.config import load
 from cluster.models import resolve
 from serving.engine.native.attention import register
@@ -33,20 +32,7 @@ CASES = {"1 row": [0], "8 rows": [0] * 8, "8 rows, 8 adapters": list(range(ADAPT
 """Case -> the adapter of each row."""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer steps")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
-    arguments = parser.parse_args()
-    with torch.inference_mode():
-        figures = measure(steps=8 if arguments.quick else 40)
-    for case, medians in figures["milliseconds"].items():
-        print(f"{case}: " + "  ".join(f"{arm} {value:.1f} ms" for arm, value in medians.items()))
-    print("ratios (PEFT / ours): " + json.dumps(figures["ratios"]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-
-
+@torch.inference_mode()
 def measure(steps: int) -> dict[str, Any]:
     """Median milliseconds a step, by case and arm; `steps` of each."""
     config = load()
@@ -121,4 +107,4 @@ def step(model: Any, rows: int, **extra: Any) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
-    main()
+    report.run(__doc__, measure, quick=8, full=40)

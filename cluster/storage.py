@@ -24,6 +24,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.config import StorageConfig
 from cluster.errors import BadInput, NotFound, ResourcesShort, Unavailable
 from cluster.materialize import is_disk_full
 
@@ -52,6 +53,11 @@ class Storage:
             raise BadInput(f"storage.url {self.url} cannot be opened: {error}", param="storage.url") from error
         self.local = isinstance(self.fs, LocalFileSystem)
         self._exclusive = self.local
+
+    @classmethod
+    def of(cls, config: StorageConfig) -> Storage:
+        """The storage that a configuration names."""
+        return cls(config.url, config.options)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.url, self.options)

@@ -36,7 +36,7 @@ def open_registry(config: Config) -> Registry:
     from cluster.registry import Registry
     from cluster.storage import Storage
 
-    return Registry(Storage(config.storage.url, config.storage.options))
+    return Registry(Storage.of(config.storage))
 
 
 def server_url(config: Config) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from cluster.config import Config
+from cluster.processes import runs
 
 STOP_SECONDS = 60.0
 
@@ -27,11 +28,7 @@ class Up:
 
     @property
     def alive(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            return bool(process.create_time() == self.created) and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return runs(self.pid, self.created)
 
 
 def state_file(config: Config) -> Path:

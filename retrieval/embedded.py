@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 
 from cluster.config import StoreConfig
 from cluster.errors import Unavailable
+from cluster.processes import runs
 
 EMBEDDED = "embedded"
 START_TIMEOUT_S = 60.0
@@ -49,14 +50,7 @@ class Server:
 
     def runs(self) -> bool:
         """Whether the process is there and may still hold its files."""
-        try:
-            process = psutil.Process(self.pid)
-            if process.create_time() != self.created:
-                return False
-            # A zombie whose other threads are still dying has not let go of the data directory yet.
-            return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
-        except psutil.NoSuchProcess:
-            return False
+        return runs(self.pid, self.created)
 
     def stop(self) -> None:
         """End the process and wait until it has; by force if it does not go."""

@@ -101,6 +101,11 @@ def fit(passages: Sequence[Passage], budget: int, count_tokens: Callable[[str], 
     return tuple(kept)
 
 
+def token_counter(tokenizer: Tokenizer) -> Callable[[str], int]:
+    """How :func:`ground` counts for its budget; training and serving must fit the same passages."""
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
+
+
 def prompt_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """Token ids of `messages` through the model's own chat template, up to where the answer begins.
 

@@ -20,6 +20,7 @@ from retrieval.prompt import (
     ground,
     is_decline,
     prompt_ids,
+    token_counter,
 )
 from retrieval.query import search_query
 from retrieval.types import Passage, Principal, Retrieved
@@ -108,10 +109,7 @@ async def answer(
         passages = found.passages
         seconds |= found.seconds
 
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    grounded = ground(resolved.prompt, question.conversation, passages, count)
+    grounded = ground(resolved.prompt, question.conversation, passages, token_counter(tokenizer))
     if passages is not None and not grounded.passages:
         yield Found(())
         yield Text(resolved.prompt.decline)

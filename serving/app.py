@@ -105,7 +105,7 @@ class GeneratorReplica:
     def __init__(self, config_json: str) -> None:
         config = from_json(config_json)
         logs.setup(config.logging)
-        self.registry = Registry(Storage(config.storage.url, config.storage.options))
+        self.registry = Registry(Storage.of(config.storage))
         self.adapters = Path(config.models_cache) / "adapters"
         self.engine = make_engine(config)
         self.engine.start()
@@ -147,7 +147,7 @@ class Ingress:
         config = from_json(config_json)
         logs.setup(config.logging)
         directory = resolve(config.base, config.models_cache)
-        registry = Registry(Storage(config.storage.url, config.storage.options))
+        registry = Registry(Storage.of(config.storage))
         names = Names(config, registry, base_ref(config.base, directory))
         if config.serving.release is not None:
             names.resolve(config.serving.release)

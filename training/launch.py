@@ -41,7 +41,7 @@ def launch(config: Config, *, run: str, dataset: str, on_event: Callable[[Event]
         os.environ.setdefault(name, value)
     training = config.training
     on_gpu = training.gpus_per_worker > 0
-    filesystem, path = Storage(config.storage.url, config.storage.options).arrow("runs")
+    filesystem, path = Storage.of(config.storage).arrow("runs")
     events = Queue(actor_options={"num_cpus": 0})
     trainer = TorchTrainer(
         train_worker,

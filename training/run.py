@@ -26,7 +26,7 @@ from cluster.storage import Storage
 from retrieval.embed import Embedder
 from retrieval.embedded import serve as serve_milvus
 from retrieval.filters import And, Condition, live, rights
-from retrieval.prompt import Tokenizer
+from retrieval.prompt import Tokenizer, token_counter
 from retrieval.query import search_query
 from retrieval.retriever import Retriever
 from retrieval.store import Store
@@ -57,7 +57,7 @@ def train(
     """
     if not config.data.train:
         raise ConfigError("data.train names no file; list the JSONL files to train on", param="data.train")
-    storage = Storage(config.storage.url, config.storage.options)
+    storage = Storage.of(config.storage)
     registry = Registry(storage)
     rows = read_rows(config.data.train)
     base_directory = resolve(config.base, config.models_cache)
@@ -138,7 +138,7 @@ def ground_on_index(
                 config.prompt,
                 retrieve=retrieve,
                 chunks_of=lambda doc_id: chunks.get(doc_id, []),
-                count_tokens=lambda text: len(tokenizer.encode(text, add_special_tokens=False)),
+                count_tokens=token_counter(tokenizer),
                 top_k=config.retrieval.top_k,
                 no_gold_share=config.training.no_gold_share,
                 seed=config.training.seed,

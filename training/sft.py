@@ -44,7 +44,7 @@ def train_worker(spec: dict[str, Any]) -> None:
     config = from_json(spec["config"])
     directory = resolve(config.base, config.models_cache)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
-    rows = read_dataset(Storage(config.storage.url, config.storage.options), spec["dataset"])
+    rows = read_dataset(Storage.of(config.storage), spec["dataset"])
     encoded = encode(rows, tokenizer, config.training.max_tokens)
 
     rank = ray.train.get_context().get_world_rank()
