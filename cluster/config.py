@@ -44,6 +44,8 @@ class LocalPath:
 
 
 LocalPathStr = Annotated[str, LocalPath()]
+HUB = "hub:"
+"""How a data source on a hub begins; everything else is a local path."""
 
 MILVUS_TOKEN_VARIABLE = "METIER_MILVUS_TOKEN"
 """The one secret of the schema; read from the environment by :func:`load` on the driver."""
@@ -194,18 +196,48 @@ class PromptConfig(Section):
     """Budget for all passages of a prompt, in tokens of the base model; whole passages, best first."""
 
 
+Shape = Literal["chat", "prompt", "instruction", "text"]
+"""`messages`; `prompt`, `completion`; `instruction`, `input`, `output`; raw `text`."""
+
+
+class SplitConfig(Section):
+    """How rows are put aside from `data.train` for validation; whole documents or conversations, never single rows."""
+
+    validation_share: float = Field(0.0, ge=0, le=0.5)
+    """Share of the rows put aside for validation; 0 puts none aside."""
+    minimum_train: int = Field(8, ge=1)
+    """Fewer rows left to train on are refused."""
+    minimum_validation: int = Field(4, ge=1)
+    """Fewer rows put aside are refused."""
+    seed: int = 17
+    """Decides which documents and conversations are put aside."""
+
+
 class DataConfig(Section):
-    """Rows to learn from and questions to be judged by."""
+    """Rows to learn from and questions to be judged by; docs/data.md shows every shape."""
 
     train: tuple[LocalPathStr, ...] = ()
-    """JSONL files of training rows: `messages`, `evidence`, see docs/data.md."""
+    """Training rows: JSONL, JSON, Parquet or CSV files, directories of them (for raw text also of `.md` and `.txt`), or data sets on a hub as `hub:org/name@revision#split`."""
+    validation: tuple[LocalPathStr, ...] = ()
+    """Rows of the same shapes that are watched while training (`training.early_stopping`); `data.split` can put some of `data.train` aside instead."""
+    general: tuple[LocalPathStr, ...] = ()
+    """Rows of general ability, never trained on; their loss before and after says what was forgotten."""
     heldout: tuple[LocalPathStr, ...] = ()
-    """JSONL files of evaluation questions, of the same shape; never trained on."""
+    """JSONL files of evaluation questions with `evidence`; never trained on, and guarded against leaking into `train`."""
+    shape: Literal["auto"] | Shape = "auto"
+    """`chat`, `prompt`, `instruction` or `text`; `auto` tells it from the fields of each source."""
+    columns: dict[str, str] = {}
+    """Names of columns in the data and what they mean here, for example `{question: prompt, answer: completion}`."""
+    split: SplitConfig = SplitConfig()
+    leakage: Literal["refuse", "drop"] = "refuse"
+    """What happens to training rows that repeat a held-out question, come close to one, or use its gold document."""
 
 
 class LoraConfig(Section):
     """Low-rank adaptation (Hu et al., 2021)."""
 
+    variant: Literal["plain", "rslora", "dora"] = "plain"
+    """`rslora` scales by alpha / √rank (Kalajdzievski, 2023); `dora` also learns magnitudes (Liu et al., 2024) and is only served merged."""
     rank: int = Field(16, ge=1, le=512)
     """Rank of the update."""
     alpha: int = Field(32, ge=1)
@@ -216,6 +248,26 @@ class LoraConfig(Section):
     """Names of the linear layers that are adapted, or `all-linear`."""
 
 
+class QuantizationConfig(Section):
+    """How `method: qlora` holds the frozen base (Dettmers et al., 2023)."""
+
+    type: Literal["nf4", "fp4"] = "nf4"
+    """Four-bit data type."""
+    double: bool = True
+    """Quantize the scales as well; saves about 0.4 bits a weight."""
+
+
+class OffloadConfig(Section):
+    """What leaves the GPU between its uses; goes with ZeRO."""
+
+    optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where optimizer states and fp32 copies live; needs ZeRO 1, 2 or 3 (`nvme` needs 3)."""
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where weights live; needs ZeRO 3."""
+    nvme_path: str | None = None
+    """Directory on a fast local disk of each node, for `nvme`."""
+
+
 class DeepSpeedConfig(Section):
     """What of the DeepSpeed configuration is ours to decide."""
 
@@ -223,43 +275,114 @@ class DeepSpeedConfig(Section):
     """What is sharded over workers: 1 optimizer states, 2 also gradients, 3 also weights."""
     gradient_clipping: float = Field(1.0, gt=0)
     """Largest gradient norm of a step."""
+    offload: OffloadConfig = OffloadConfig()
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> Self:
+        offload = self.offload
+        if offload.parameters != "none" and self.zero_stage != 3:
+            raise ValueError(f"offload.parameters={offload.parameters} needs zero_stage 3, not {self.zero_stage}")
+        if offload.optimizer != "none" and self.zero_stage == 0:
+            raise ValueError(f"offload.optimizer={offload.optimizer} needs zero_stage 1, 2 or 3, not 0")
+        if "nvme" in (offload.optimizer, offload.parameters):
+            if self.zero_stage != 3:
+                raise ValueError(f"offload to nvme needs zero_stage 3, not {self.zero_stage}")
+            if not offload.nvme_path:
+                raise ValueError("offload to nvme needs offload.nvme_path, a directory on a fast local disk")
+        return self
+
+
+class EarlyStoppingConfig(Section):
+    """When to stop because validation does not improve any more; needs validation rows."""
+
+    patience: int | None = Field(None, ge=1)
+    """Validations without improvement until training stops; none trains to the end."""
+    min_improvement: float = Field(0.0, ge=0)
+    """Least fall of the validation loss that counts as one."""
 
 
 class TrainingConfig(Section):
     """Fine-tuning on Ray Train workers."""
 
     adapter: Slug = "default"
-    """Name under which the adapter is published in the registry."""
+    """Name under which the adapter (or the model, see `publish`) is published in the registry."""
+    run: Slug | None = None
+    """Name of the run; by default adapter and recipe, so that the same command after a kill goes on where it was."""
+    objective: Literal["sft", "domain"] = "sft"
+    """`sft` learns answers (instruction, style, conversations); `domain` learns raw text, every token of it."""
+    method: Literal["lora", "qlora", "full"] = "lora"
+    """`lora` on the base in its precision, `qlora` on the base in four bits, or `full`: all weights."""
+    publish: Literal["adapter", "model"] = "adapter"
+    """`model` publishes whole weights, LoRA added into them; `full` can only do that."""
     workers: int = Field(2, ge=1)
     """Data-parallel processes, over all nodes."""
+    min_workers: int | None = Field(None, ge=1)
+    """With fewer than `workers`, the group goes on from its last checkpoint with the nodes that are left, at least so many, and grows again."""
     cpus_per_worker: float = Field(1.0, gt=0)
     """CPUs reserved per worker; also its compute threads."""
     gpus_per_worker: float = Field(0.0, ge=0)
     """With 0, workers train on the CPU over gloo."""
     lora: LoraConfig = LoraConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     epochs: float = Field(2.0, gt=0)
     """Passes over the rows."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after so many optimizer steps, whatever `epochs` says."""
     learning_rate: float = Field(5e-4, gt=0)
-    """Peak of the schedule, which warms up linearly and falls as a cosine."""
+    """Peak of the schedule."""
+    scheduler: Literal["cosine", "linear", "constant", "cosine_with_min_lr", "warmup_stable_decay"] = "cosine"
+    """How the learning rate falls after it has risen: a schedule of transformers, by name."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW."""
     batch_size: int = Field(4, ge=1)
-    """Rows per worker and step."""
+    """Rows (with `packing`, packed sequences) per worker and step."""
     gradient_accumulation: int = Field(1, ge=1)
     """Batches whose gradients are added up before an optimizer step."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations again instead of keeping them; by default on GPUs only."""
     max_tokens: int = Field(768, ge=32)
-    """Longest row in tokens; a longer one is refused by name before training starts."""
+    """Longest row in tokens, and the length of packed sequences and of pieces of raw text."""
+    too_long: Literal["refuse", "drop", "truncate"] = "refuse"
+    """What happens to rows longer than `max_tokens`: `truncate` cuts the oldest turns or the end of an answer away."""
+    packing: bool = False
+    """Put several short rows into one sequence of `max_tokens`; they do not see each other."""
+    liger: bool | None = None
+    """Liger kernels; by default where workers have GPUs and liger-kernel is installed."""
+    loss_turns: Literal["last", "all"] = "last"
+    """Which answers of a conversation are learned: the last or all; a `train` flag on a message decides for its row."""
     no_gold_share: float = Field(0.1, ge=0, le=0.9)
     """Share of answerable rows whose gold passage is taken out of the prompt, so that the adapter learns to decline."""
+    validate_steps: int | None = Field(None, ge=1)
+    """Optimizer steps between validations; by default `checkpoint_steps`."""
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint_steps: int = Field(50, ge=1)
     """Optimizer steps between checkpoints."""
     max_failures: int = Field(1, ge=0)
     """Times a lost worker group is restarted from the last checkpoint."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
+    """Where metrics also go; each needs its own package, and takes its settings from the environment of the workers."""
     seed: int = 17
     """Decides which rows lose their gold passage, the order of rows, and the initial LoRA weights."""
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether workers have GPUs."""
+        return self.gpus_per_worker > 0
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        if self.method == "full" and self.publish != "model":
+            raise ValueError("method 'full' changes all weights, so there is no adapter; set publish=model")
+        if self.method != "full" and self.lora.variant == "dora" and self.publish != "model":
+            raise ValueError(
+                "lora.variant 'dora' cannot be served as an adapter (neither by metier nor by vLLM); set publish=model, or lora.variant=rslora"
+            )
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) must be at most workers ({self.workers})")
+        return self
 
 
 class StageConfig(Section):
@@ -306,6 +429,8 @@ class GeneratorConfig(StageConfig):
     """How long a first request waits for company before a batch starts."""
     threads: int = Field(0, ge=0)
     """Torch threads; 0 takes all cores of the node."""
+    max_rank: int = Field(64, ge=1, le=512)
+    """Largest LoRA rank that is served; a run that trains a larger one is refused before it starts."""
     adapters_resident: int = Field(8, ge=1)
     """Adapters kept in memory; least recently used ones that nobody uses leave first."""
     warmup_adapters: tuple[str, ...] = ()
@@ -397,6 +522,14 @@ class Config(Section):
         if self.training.max_tokens > self.base.context_tokens:
             raise ValueError(
                 f"training.max_tokens ({self.training.max_tokens}) is longer than base.context_tokens ({self.base.context_tokens})"
+            )
+        if self.training.publish == "adapter" and self.training.lora.rank > self.serving.generator.max_rank:
+            raise ValueError(
+                f"training.lora.rank ({self.training.lora.rank}) is more than serving.generator.max_rank ({self.serving.generator.max_rank}), so the adapter could not be served; change one of them"
+            )
+        if self.training.early_stopping.patience and not (self.data.validation or self.data.split.validation_share):
+            raise ValueError(
+                "training.early_stopping.patience needs rows to watch; set data.split.validation_share=0.1, or name files in data.validation"
             )
         if self.prompt.passage_tokens + self.serving.max_tokens >= self.base.context_tokens:
             raise ValueError(
@@ -567,4 +700,4 @@ def _is_local_path(annotation: Any, metadata: Sequence[Any] = ()) -> bool:
 
 
 def _abspath(path: str) -> str:
-    return str(Path(path).expanduser().resolve())
+    return path if path.startswith(HUB) else str(Path(path).expanduser().resolve())

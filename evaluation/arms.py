@@ -13,7 +13,7 @@ from typing import Any
 
 from evaluation.metrics import citation_hit, exact_match, token_f1
 from serving.client import Client, Reply
-from training.rows import Row
+from training.data.rows import Row
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def _embedder(config: Config) -> str:
 
 
 def _data(config: Config) -> str:
-    from training.rows import read_rows
+    from training.data.rows import read_rows
 
     if config.knowledge.documents is None or not Path(config.knowledge.documents).is_dir():
         raise NotFound(f"knowledge.documents: '{config.knowledge.documents}' is not a directory")

@@ -12,12 +12,15 @@ from metier import (
     ask,
     check,
     config,
+    data,
     down,
     evaluate,
     index,
     models,
+    plan,
     quickstart,
     release,
+    runs,
     search,
     status,
     train,
@@ -56,9 +59,12 @@ def _root(
 
 app.command("quickstart")(quickstart.quickstart)
 app.command("check")(check.check)
+app.add_typer(data.app, name="data")
 app.command("index")(index.index)
 app.command("search")(search.search)
+app.command("plan")(plan.plan)
 app.command("train")(train.train)
+app.add_typer(runs.app, name="runs")
 app.command("up")(up.up)
 app.command("down")(down.down)
 app.command("status")(status.status)

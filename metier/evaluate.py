@@ -32,7 +32,7 @@ def evaluate(
         raise ConfigError("data.heldout names no file; list the JSONL files with questions", param="data.heldout")
     from evaluation.arms import arms, run, score
     from serving.client import Client
-    from training.rows import read_rows
+    from training.data.rows import read_rows
 
     rows = read_rows(settings.data.heldout)[:limit]
     made = open_registry(settings).release(release or settings.name)

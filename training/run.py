@@ -31,12 +31,12 @@ from retrieval.query import search_query
 from retrieval.retriever import Retriever
 from retrieval.store import Store
 from retrieval.types import Chunk, Principal
-from training.encode import encode, tokens
-from training.grounded import GroundedRow, ground_rows
+from training.data.encode import encode, tokens
+from training.data.grounded import GroundedRow, ground_rows
 from training.history import History
 from training.launch import launch
 from training.publish import publish
-from training.rows import Row, digest, read_rows
+from training.data.rows import Row, digest, read_rows
 
 Say = Callable[[str], None]
 

@@ -19,8 +19,8 @@ from cluster.models import load_tokenizer, resolve
 from cluster.storage import Storage
 from training.base import load_with_lora
 from training.deepspeed import ds_config
-from training.encode import Encoded, encode, tokens
-from training.grounded import GroundedRow
+from training.data.encode import Encoded, encode, tokens
+from training.data.grounded import GroundedRow
 
 PAD_TO = 64
 """Batches are padded to a multiple of this many tokens: fewer shapes, and CPU kernels are compiled per shape."""

@@ -10,8 +10,8 @@ import pytest
 
 from cluster.config import load
 from retrieval.read import read
-from training.grounded import holds
-from training.rows import Row, read_rows
+from training.data.grounded import holds
+from training.data.rows import Row, read_rows
 
 ROOT = Path(__file__).parents[2]
 TRADE = ROOT / "examples/corvane"

@@ -8,7 +8,7 @@ import pytest
 
 from evaluation.arms import Arm, Score, arms, judge, run, score
 from serving.client import Cited, Client, Reply
-from training.rows import Evidence, Row
+from training.data.rows import Evidence, Row
 
 ARM = Arm("tuned+RAG", "support", True)
 

@@ -9,8 +9,8 @@ from cluster.config import PromptConfig
 from cluster.errors import BadInput
 from retrieval.prompt import citations, ground
 from retrieval.types import Chunk, Passage
-from training.grounded import GroundedRow, ground_rows, holds
-from training.rows import Evidence, Row
+from training.data.grounded import GroundedRow, ground_rows, holds
+from training.data.rows import Evidence, Row
 
 PROMPT = PromptConfig()
 TEXTS = {

@@ -1,13 +1,15 @@
-"""Training rows and held-out questions: their shape on disk, and the sentence for a row that has another.
+"""The one form every row takes, whatever shape it had on disk: a conversation (:class:`Row`) or raw text (:class:`Text`).
 
-A row is a conversation and where its last answer stands in the documents::
+A conversation may say where its last answer stands in the documents::
 
     {"id": "t1", "kind": "single",
      "messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "18.50 crowns"}],
      "evidence": [{"document": "tariff-r1", "quote": "A trailer costs 18.50 crowns."}]}
 
-The last assistant message is the reference answer, without citation marks. Empty evidence and an empty reference
-mean that the documents hold no answer. Other shapes, and cleaning, are not covered here.
+The last assistant message is the reference answer, without citation marks. Evidence decides how the row is learned:
+with some, among the passages the retriever returns; with none (``[]``, and an empty reference), as a question the
+documents do not answer; without the field, as it stands, without documents. :func:`read_rows` reads exactly this
+form; ``training.data.read`` takes the other shapes.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ class _Strict(BaseModel):
 class Message(_Strict):
     role: Literal["user", "assistant", "system"]
     content: str
+    train: bool | None = None
+    """Whether this answer is learned; None leaves it to ``training.loss_turns``."""
 
 
 class Evidence(_Strict):
@@ -40,26 +44,36 @@ class Evidence(_Strict):
 
 
 class Row(_Strict):
-    """One conversation with a reference for its last answer."""
+    """One conversation that ends with an answer."""
 
     id: str = Field(min_length=1)
     kind: Literal["single", "two", "none", "multi"] = "single"
     """One document, two documents, not answerable, or a follow-up question; for reports only."""
     language: str = "en"
     messages: tuple[Message, ...] = Field(min_length=2)
-    evidence: tuple[Evidence, ...] = ()
+    evidence: tuple[Evidence, ...] | None = None
+    """Where the answer stands; empty: in no document; None: documents play no part."""
+    groups: tuple[str, ...] = ()
+    """Groups that may read what this row was made from, where it was not made from documents of the index."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if [message.role for message in self.messages[-2:]] != ["user", "assistant"]:
             raise ValueError("messages must end with a user message and the assistant's reference answer")
         if self.answerable and not self.reference.strip():
-            raise ValueError("the reference answer is empty although evidence is given")
+            raise ValueError(
+                "the reference answer is empty; write one, or evidence: [] if the documents do not answer the question"
+            )
         return self
 
     @property
     def answerable(self) -> bool:
-        return bool(self.evidence)
+        return self.evidence is None or bool(self.evidence)
+
+    @property
+    def grounded(self) -> bool:
+        """Whether it is learned among passages."""
+        return self.evidence is not None
 
     @property
     def reference(self) -> str:
@@ -72,7 +86,25 @@ class Row(_Strict):
 
     @property
     def documents(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(evidence.document for evidence in self.evidence))
+        return tuple(dict.fromkeys(evidence.document for evidence in self.evidence or ()))
+
+
+class Text(_Strict):
+    """A piece of raw text, for ``training.objective: domain``."""
+
+    id: str = Field(min_length=1)
+    text: str = Field(min_length=1)
+    document: str | None = None
+    """The document it is from, where it is from one."""
+    language: str = "en"
+    groups: tuple[str, ...] = ()
+
+    @property
+    def documents(self) -> tuple[str, ...]:
+        return (self.document,) if self.document else ()
+
+
+AnyRow = Row | Text
 
 
 def read_rows(files: Sequence[str | Path]) -> list[Row]:

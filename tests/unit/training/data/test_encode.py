@@ -12,9 +12,9 @@ from retrieval.types import Chunk, Passage, Principal, Retrieved
 from serving.answer import Question, answer
 from serving.engine.base import Delta, GenerateRequest, Sampling
 from serving.names import Resolved
-from training.encode import encode, tokens
-from training.grounded import GroundedRow, ground_rows
-from training.rows import Evidence, Row
+from training.data.encode import encode, tokens
+from training.data.grounded import GroundedRow, ground_rows
+from training.data.rows import Evidence, Row
 
 PROMPT = PromptConfig(passage_tokens=200)
 TEXTS = [

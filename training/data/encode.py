@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from cluster.errors import BadInput
 from retrieval.prompt import Tokenizer, answer_ids, prompt_ids
-from training.grounded import GroundedRow
+from training.data.grounded import GroundedRow
 
 
 class Encoded(TypedDict):

@@ -17,7 +17,7 @@ from cluster.config import PromptConfig
 from cluster.errors import BadInput
 from retrieval.prompt import ground, with_marks
 from retrieval.types import Chunk, Passage
-from training.rows import Evidence, Row
+from training.data.rows import Evidence, Row
 
 Retrieve = Callable[[Sequence[dict[str, str]]], Sequence[Passage]]
 """Conversation -> more passages than are shown, best first, nothing cut by a score floor."""

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cluster.errors import BadInput, NotFound
-from training.rows import Row, digest, read_rows
+from training.data.rows import Row, digest, read_rows
 
 GOOD: dict[str, Any] = {
     "id": "t1",
@@ -35,9 +35,9 @@ def test_a_row_knows_its_reference_and_its_conversation(tmp_path: Path) -> None:
     assert (row.reference, row.answerable, row.documents) == ("5 crowns", True, ("tariff",))
 
 
-def test_a_row_without_evidence_is_not_answerable(tmp_path: Path) -> None:
+def test_a_row_with_empty_evidence_is_not_answerable(tmp_path: Path) -> None:
     messages = [GOOD["messages"][0], {"role": "assistant", "content": ""}]
-    (row,) = read_rows([write(tmp_path, {"id": "n", "kind": "none", "messages": messages})])
+    (row,) = read_rows([write(tmp_path, {"id": "n", "kind": "none", "messages": messages, "evidence": []})])
     assert not row.answerable
 
 

@@ -1,0 +1,1 @@
+"""Rows: read, checked, split, built, grounded on the live index, and turned into tokens."""
