@@ -19,8 +19,8 @@ from trl import SFTConfig, SFTTrainer
 from benchmarks import report
 from cluster.config import load
 from cluster.models import load_tokenizer, resolve
-from training.base import load_with_lora
-from training.loss import AnswerLossTrainer
+from training import base
+from training.trainer import AnswerLossTrainer
 
 ROWS, TOKENS, ANSWER = 4, 330, 12
 
@@ -34,7 +34,7 @@ def measure(steps: int) -> dict[str, Any]:
     labels[:, :-ANSWER] = -100
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SFTTrainer(
-            model=load_with_lora(config, directory),
+            model=base.load(config, directory),
             args=SFTConfig(output_dir=scratch, use_cpu=True, bf16=False, report_to="none", max_length=None),
             train_dataset=Dataset.from_list([{"input_ids": ids[0].tolist(), "completion_mask": [1] * TOKENS}]),
             processing_class=load_tokenizer(directory),

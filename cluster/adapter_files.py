@@ -1,7 +1,8 @@
 """Whether a directory is a plain PEFT LoRA adapter, and whether it fits a base: by headers, without torch.
 
 This is the door for adapters trained elsewhere and the check of our own before they are published. Only safetensors
-pass: a pickle is refused by its name. Only plain LoRA passes, because that is what the generator applies.
+pass: a pickle is refused by its name. Only plain LoRA and rsLoRA pass, because that is what the generator applies; DoRA
+passes where it is about to be merged.
 
 Not covered: whether the weights are any good, and whether the base is the one they were trained on (shapes say no
 more than that it could be).
@@ -10,7 +11,9 @@ more than that it could be).
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,7 @@ PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 """What is published and fetched; whatever else lies beside them stays there."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-PLAIN = {
-    "use_dora": False,
-    "use_rslora": False,
+PLAIN: dict[str, Any] = {
     "lora_bias": False,
     "fan_in_fan_out": False,
     "bias": "none",
@@ -33,30 +34,46 @@ PLAIN = {
     "alpha_pattern": {},
     "layer_replication": None,
     "trainable_token_indices": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
 }
 """Settings of PEFT that change what the weights mean, and the value with which they do not."""
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings of ``init_lora_weights`` with which PEFT also changes the base, so that the adapter alone says little."""
 
 HEADER_LIMIT = 100_000_000
 """Bytes; safetensors itself allows no longer header."""
 TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.(?:default\.)?weight")
+MAGNITUDE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 
 
-def check_adapter_files(directory: str | Path, base_directory: str | Path | None = None) -> dict[str, Any]:
+def check_adapter_files(
+    directory: str | Path, base_directory: str | Path | None = None, *, merging: bool = False
+) -> dict[str, Any]:
     """Check the adapter in `directory`; with `base_directory`, also against the shapes of that model's weights.
+
+    Args:
+        merging: let DoRA pass.
 
     Returns:
         The adapter's ``adapter_config.json``.
 
     Raises:
         NotFound: a file is missing.
-        BadInput: a file is damaged, a pickle, or not plain LoRA.
+        BadInput: a file is damaged, a pickle, or neither plain LoRA nor rsLoRA.
         Mismatch: a tensor has another shape than the adapter's rank or the base say.
     """
     directory = Path(directory)
-    config = _config(directory)
+    config = _config(directory, merging)
     shapes = {name: shape for name, (shape, _) in tensors(directory / WEIGHTS_FILE).items()}
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in shapes.items():
+        if config.get("use_dora") and MAGNITUDE.fullmatch(name):
+            continue
         match = TENSOR.fullmatch(name)
         if match is None or len(shape) != 2:
             raise BadInput(
@@ -103,7 +120,7 @@ def tensors(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     return found
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def _config(directory: Path, merging: bool) -> dict[str, Any]:
     for file in sorted(directory.glob("adapter_model.*")):
         if file.suffix in PICKLES:
             raise BadInput(
@@ -127,21 +144,47 @@ def _config(directory: Path) -> dict[str, Any]:
         or not isinstance(targets, (list, str))
     ):
         raise BadInput(f"{file}: r, lora_alpha and target_modules must be a number, a number and a list of names")
+    if config.get("use_dora") and not merging:
+        raise BadInput(
+            f"{file}: use_dora is True, and DoRA is not served as an adapter; merge it into its base where it was trained "
+            "(PEFT's merge_and_unload; in a run of metier publish=model) and serve the merged model"
+        )
     for key, plain in PLAIN.items():
         if (config.get(key, plain) or None) != (plain or None):
             raise BadInput(f"{file}: {key} is {config[key]!r}, which metier does not serve; train with {key}={plain!r}")
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(CHANGES_BASE):
+        raise BadInput(
+            f"{file}: init_lora_weights is {init!r}, which also changes the base; convert the adapter where it was trained "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     return config
 
 
-def _check_base(modules: dict[str, dict[str, tuple[int, ...]]], base: Path) -> None:
-    index = base / "model.safetensors.index.json"
+def scale(config: Mapping[str, Any]) -> float:
+    """What ``B A`` is multiplied by: alpha / r, with rsLoRA alpha / √r (Kalajdzievski, 2023).
+
+    Args:
+        config: ``adapter_config.json``, as :func:`check_adapter_files` returns it.
+    """
+    rank = config["r"]
+    return float(config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def weights(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the model in `directory`, from the headers of all its shards."""
+    index = directory / "model.safetensors.index.json"
     if index.is_file():
-        files = {base / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        files = {directory / name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     else:
-        files = set(base.glob("*.safetensors"))
-    weights = {name: shape for file in sorted(files) for name, (shape, _) in tensors(file).items()}
+        files = set(directory.glob("*.safetensors"))
+    return {name: shape for file in sorted(files) for name, (shape, _) in tensors(file).items()}
+
+
+def _check_base(modules: dict[str, dict[str, tuple[int, ...]]], base: Path) -> None:
+    shapes = weights(base)
     for module, sides in sorted(modules.items()):
-        shape = weights.get(f"{module}.weight")
+        shape = shapes.get(f"{module}.weight")
         if shape is None:
             raise Mismatch(
                 f"the adapter changes {module}, which the base in {base} does not have; use the base it was trained on"

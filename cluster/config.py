@@ -204,7 +204,7 @@ class SplitConfig(Section):
     """How rows are put aside from `data.train` for validation; whole documents or conversations, never single rows."""
 
     validation_share: float = Field(0.0, ge=0, le=0.5)
-    """Share of the rows put aside for validation; 0 puts none aside."""
+    """Share put aside for validation, of the rows with documents and of those without; 0 puts none aside."""
     minimum_train: int = Field(8, ge=1)
     """Fewer rows left to train on are refused."""
     minimum_validation: int = Field(4, ge=1)
@@ -331,8 +331,8 @@ class TrainingConfig(Section):
     """Stop after so many optimizer steps, whatever `epochs` says."""
     learning_rate: float = Field(5e-4, gt=0)
     """Peak of the schedule."""
-    scheduler: Literal["cosine", "linear", "constant", "cosine_with_min_lr", "warmup_stable_decay"] = "cosine"
-    """How the learning rate falls after it has risen: a schedule of transformers, by name."""
+    scheduler: Literal["cosine", "cosine_with_min_lr", "linear", "inverse_sqrt", "constant"] = "cosine"
+    """How the learning rate falls after it has risen; `cosine_with_min_lr` ends at a tenth of it."""
     warmup_ratio: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0)
@@ -352,7 +352,7 @@ class TrainingConfig(Section):
     liger: bool | None = None
     """Liger kernels; by default where workers have GPUs and liger-kernel is installed."""
     loss_turns: Literal["last", "all"] = "last"
-    """Which answers of a conversation are learned: the last or all; a `train` flag on a message decides for its row."""
+    """Which answers of a conversation are learned: the last or all; a `train` flag on a message decides for that message."""
     no_gold_share: float = Field(0.1, ge=0, le=0.9)
     """Share of answerable rows whose gold passage is taken out of the prompt, so that the adapter learns to decline."""
     validate_steps: int | None = Field(None, ge=1)
@@ -476,7 +476,7 @@ class RayConfig(Section):
     """The Ray cluster that runs training and serving."""
 
     address: str = "local"
-    """`local` starts Ray in this process and stops it with it; `auto` or `host:port` joins a running cluster; with `--submit`, `http://head:8265` is where the job goes."""
+    """`local` starts Ray in this process and stops it with it; `auto` or `host:port` joins a running cluster; a dashboard, `http://head:8265`, is where `metier runs` looks for jobs."""
     num_cpus: int | None = Field(None, ge=1)
     """CPUs that a `local` Ray offers; all of the machine's by default."""
     runtime_env: dict[str, Any] = {}

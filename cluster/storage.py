@@ -159,6 +159,10 @@ class Storage:
 
         return PyFileSystem(FSSpecHandler(self.fs)), self._full(path)
 
+    def full_url(self, path: str) -> str:
+        """`path` for libraries that open URLs by themselves: a directory path, or ``s3://bucket/prefix/path``."""
+        return self._full(path) if self.local else str(self.fs.unstrip_protocol(self._full(path)))
+
     def _full(self, path: str) -> str:
         if path.startswith("/") or ".." in path.split("/"):
             raise BadInput(f"'{path}' leaves the storage")

@@ -47,12 +47,14 @@ def _embedder(config: Config) -> str:
 
 
 def _data(config: Config) -> str:
+    from training.data.load import load_rows
     from training.data.rows import read_rows
 
     if config.knowledge.documents is None or not Path(config.knowledge.documents).is_dir():
         raise NotFound(f"knowledge.documents: '{config.knowledge.documents}' is not a directory")
-    train, heldout = read_rows(config.data.train), read_rows(config.data.heldout)
-    return f"{len(train)} training rows, {len(heldout)} held-out questions"
+    sources = config.data.train
+    train = load_rows(config.data, sources, config.training.objective).rows if sources else []
+    return f"{len(train)} training rows, {len(read_rows(config.data.heldout))} held-out questions"
 
 
 def _storage(config: Config) -> str:

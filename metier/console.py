@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -44,7 +45,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str |
         short = max([len(str(row[position])) for row in rows], default=0) <= SHORT
         grid.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=short)
     for row in rows:
-        grid.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row))
+        grid.add_row(*(Text(f"{value:.2f}" if isinstance(value, float) else str(value)) for value in row))
     out.print(grid)
 
 

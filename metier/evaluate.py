@@ -11,7 +11,17 @@ import typer
 
 from cluster.errors import BadInput, ConfigError
 from metier.console import print_json, progress, say, table
-from metier.options import ConfigOption, JsonOption, SetOption, open_config, open_registry, server_url
+from metier.options import (
+    ConfigOption,
+    DetachOption,
+    JsonOption,
+    OnOption,
+    SetOption,
+    open_config,
+    open_registry,
+    run_on,
+    server_url,
+)
 
 
 def evaluate(
@@ -24,12 +34,21 @@ def evaluate(
     ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
+    on: OnOption = None,
+    detach: DetachOption = False,
     json: JsonOption = False,
 ) -> None:
     """Answer data.heldout by base, base+RAG, tuned and tuned+RAG, and print the scores."""
     settings = open_config(config, set_)
     if not settings.data.heldout:
         raise ConfigError("data.heldout names no file; list the JSONL files with questions", param="data.heldout")
+    if on and output:
+        raise BadInput(
+            "--output names a file of the cluster's node with --on; leave it out, the scores are in the job's log"
+        )
+    verb = ["eval", *(["--release", release] if release else []), *(["--limit", str(limit)] if limit else [])]
+    if run_on(settings, on, verb, detach=detach, json=json):
+        return
     from evaluation.arms import arms, run, score
     from serving.client import Client
     from training.data.rows import read_rows

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import typer
-
 from metier.console import print_json, progress, say
-from metier.options import ConfigOption, JsonOption, SetOption, SubmitOption, open_config, open_registry
+from metier.options import (
+    ConfigOption,
+    DetachOption,
+    JsonOption,
+    OnOption,
+    SetOption,
+    open_config,
+    open_registry,
+    run_on,
+)
 
 
 def index(
-    config: ConfigOption = None, set_: SetOption = None, submit: SubmitOption = False, json: JsonOption = False
+    config: ConfigOption = None,
+    set_: SetOption = None,
+    on: OnOption = None,
+    detach: DetachOption = False,
+    json: JsonOption = False,
 ) -> None:
     """Read knowledge.documents and bring the index in step with them; what did not change is not embedded again."""
     settings = open_config(config, set_)
-    if submit:
-        from cluster.runtime import submit as submit_job
-
-        submit_job(settings, ["index"], partial(typer.echo, nl=False))
+    if run_on(settings, on, ["index"], detach=detach, json=json):
         return
     from cluster.models import resolve
     from retrieval.embed import Embedder

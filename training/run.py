@@ -6,166 +6,194 @@ Everything that can be refused is refused before workers start: rows and lengths
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster import runtime
 from cluster.config import Config
-from cluster.errors import ConfigError, NotFound
+from cluster.errors import ConfigError, MetierError
 from cluster.models import base_ref, load_tokenizer, resolve
-from cluster.registry import AdapterVersion, Registry
-from cluster.release import BaseRef, DatasetRef, KnowledgeRef
+from cluster.registry import Registry
+from cluster.release import BaseRef
 from cluster.resources import check, demand
+from cluster.servable import check_servable
 from cluster.storage import Storage
-from retrieval.embed import Embedder
-from retrieval.embedded import serve as serve_milvus
-from retrieval.filters import And, Condition, live, rights
-from retrieval.prompt import Tokenizer, token_counter
-from retrieval.query import search_query
-from retrieval.retriever import Retriever
-from retrieval.store import Store
-from retrieval.types import Chunk, Principal
-from training.data.encode import encode, tokens
-from training.data.grounded import GroundedRow, ground_rows
+from training import runs
+from training.data import examples
+from training.data.encode import Encoding, encode
 from training.history import History
-from training.launch import launch
-from training.publish import publish
-from training.data.rows import Row, digest, read_rows
+from training.launch import launch, settle
+from training.plot import loss_plot
+from training.prepare import Prepared, load, prepare
+from training.publish import Origin, Published, publish
 
+PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",), "wandb": ("wandb",)}
+"""Tracker -> the packages any of which it needs."""
 Say = Callable[[str], None]
+NOT_IN_RECIPE = {
+    "adapter", "run", "max_failures", "min_workers", "checkpoint_steps", "trackers", "cpus_per_worker", "liger",
+}  # fmt: skip
+"""Settings of ``training`` that do not decide what weights come out."""
 
 
-def train(
-    config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None], force: bool = False
-) -> AdapterVersion:
-    """Fine-tune on ``data.train`` and publish the adapter.
+def train(config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None], force: bool = False) -> Published:
+    """Fine-tune on ``data.train`` and publish what comes out.
 
     Args:
         say: called with one line for each step.
-        on_event: called with each logged training step.
+        on_event: called with each logged training step (it has ``loss``) and each evaluation (it has not).
         force: train even if an adapter of this very recipe is already published.
 
     Raises:
         MetierError: rows, index, resources or workers; nothing is published then, and the same call goes on from
             the last checkpoint.
     """
-    if not config.data.train:
-        raise ConfigError("data.train names no file; list the JSONL files to train on", param="data.train")
+    check_supported(config)
     storage = Storage.of(config.storage)
     registry = Registry(storage)
-    rows = read_rows(config.data.train)
+    rows = load(config)
     base_directory = resolve(config.base, config.models_cache)
+    check_servable(config, base_directory)
     base = base_ref(config.base, base_directory)
-
     tokenizer = load_tokenizer(base_directory, config.base.trust_remote_code)
-    grounded, knowledge = ground_on_index(config, registry, rows, tokenizer)
-    dataset = DatasetRef(
-        digest=digest(grounded),
-        rows=len(grounded),
-        documents=sorted({doc for row in grounded for doc in row.documents}),
-    )
-    encoded = encode(grounded, tokenizer, config.training.max_tokens)
-    say(f"{len(rows)} rows, {tokens(encoded)} tokens, passages from knowledge {knowledge.name} v{knowledge.version}")
+    prepared = prepare(config, registry, rows, tokenizer)
+    encodings = {
+        name: encode(part, tokenizer, config.training.max_tokens, config.training.too_long)
+        for name, part in prepared.examples.items()
+    }
+    for line in _summary(prepared, encodings):
+        say(line)
 
-    recipe = recipe_digest(config, base, dataset)
-    if not force and (known := _published(registry, config.training.adapter, recipe)):
-        say(f"adapter {known.name}@{known.version} was trained with exactly this recipe; --force trains again")
+    recipe = recipe_digest(config, base, prepared)
+    if not force and (known := _published(registry, config, recipe)):
+        say(f"{config.training.publish} {known.ref} was trained with exactly this recipe; --force trains again")
         return known
 
-    path = f"datasets/{dataset.digest}.jsonl"
-    storage.write(path, "".join(row.model_dump_json() + "\n" for row in grounded).encode())
-    run = f"{config.training.adapter}-{recipe[:12]}" + (f"-{int(time.time())}" if force else "")
-    history = History(storage, run)
+    run = run_name(config, recipe, force)
+    facts = runs.facts_of(config, recipe=recipe, base=base, dataset=prepared.dataset.digest)
+    with runs.claim(storage, run, facts) as record:
+        outcome: Future[Any] = Future()
+        record.on_cancel = partial(_end, record, outcome)
+        tell = partial(_tell, say, record)
+        paths = {}
+        for name, part in prepared.examples.items():
+            paths[name] = f"datasets/{examples.digest(part)}.jsonl"
+            examples.write(storage, paths[name], part)
+        history = History(storage, run)
 
-    def record(event: dict[str, Any]) -> None:
-        history.add(event)
-        on_event(event)
+        def on_any_event(event: dict[str, Any]) -> None:
+            history.add(event)
+            record.progress(event)
+            on_event(event)
 
-    with runtime.connect(config):
-        check(demand(config, "train"), runtime.capacity())
-        say(f"run {run}: {config.training.workers} workers, DeepSpeed ZeRO-{config.training.deepspeed.zero_stage}")
-        checkpoint = launch(config, run=run, dataset=path, on_event=record)
-        with tempfile.TemporaryDirectory(prefix="metier-adapter-") as scratch:
-            directory = Path(checkpoint.to_directory(scratch))
-            history.save()
-            return publish(
-                registry,
-                config,
-                directory,
-                base=base,
-                base_directory=base_directory,
-                dataset=dataset,
-                knowledge=knowledge,
-                events=history.events,
-                recipe=recipe,
+        with runtime.connect(config):
+            check(demand(config, "train"), runtime.capacity())
+            record.check_cancelled()
+            tell(f"run {run}: {config.training.workers} workers, DeepSpeed ZeRO-{config.training.deepspeed.zero_stage}")
+            record.state("training")
+            try:
+                checkpoint = launch(config, run=run, datasets=paths, on_event=on_any_event, outcome=outcome)
+            finally:
+                history.save()
+            record.state("publishing")
+            with tempfile.TemporaryDirectory(prefix="metier-adapter-") as scratch:
+                directory = Path(checkpoint.to_directory(str(Path(scratch, "checkpoint"))))
+                origin = Origin(
+                    base,
+                    base_directory,
+                    prepared.dataset,
+                    prepared.knowledge,
+                    prepared.groups,
+                    history.events,
+                    recipe,
+                    run,
+                )
+                published = publish(registry, config, directory, origin)
+                plot = Path(scratch, "loss.png")
+                loss_plot(history.events, plot)
+                storage.upload(plot, f"runs/{run}/loss.png")
+        record.published(published.ref)
+        tell(f"loss curve: {storage.url}/runs/{run}/loss.png")
+        return published
+
+
+def check_supported(config: Config) -> None:
+    """Raise :class:`ConfigError` for settings that the workers' hardware or packages cannot do."""
+    training = config.training
+    for tracker in training.trackers:
+        if not any(importlib.util.find_spec(package) for package in PACKAGES[tracker]):
+            raise ConfigError(
+                f"training.trackers: {tracker} is not installed; `pip install {PACKAGES[tracker][0]}` on all nodes, "
+                "or leave it out",
+                param="training.trackers",
             )
-
-
-def ground_on_index(
-    config: Config, registry: Registry, rows: Sequence[Row], tokenizer: Tokenizer
-) -> tuple[list[GroundedRow], KnowledgeRef]:
-    """`rows` with the passages the retriever returns for them on the current knowledge version."""
-    version = registry.knowledge_head(config.knowledge.name)
-    if version == 0:
-        raise NotFound(
-            f"knowledge '{config.knowledge.name}' is empty; run `metier index` first", param="knowledge.name"
+    if training.method == "qlora" and not importlib.util.find_spec("bitsandbytes"):
+        raise ConfigError(
+            "training.method qlora needs bitsandbytes; `pip install bitsandbytes` on all nodes, or use lora",
+            param="training.method",
         )
-    principal = Principal(config.knowledge.tenant, config.knowledge.groups)
-    settings = config.retrieval.model_copy(update={"top_k": config.retrieval.candidates, "min_score": -1.0})
-    with serve_milvus(config.store) as uri:
-        store = Store(config.store, uri)
-        retriever = Retriever(store, Embedder(resolve(config.embedder, config.models_cache), config.embedder))
-        chunks = _chunks(store, config.knowledge.name, And((rights(principal), live(version))))
-
-        def retrieve(conversation: Sequence[dict[str, str]]) -> Any:
-            return retriever.retrieve(
-                search_query(conversation),
-                knowledge=config.knowledge.name,
-                version=version,
-                principal=principal,
-                settings=settings,
-            ).passages
-
-        grounded = list(
-            ground_rows(
-                rows,
-                config.prompt,
-                retrieve=retrieve,
-                chunks_of=lambda doc_id: chunks.get(doc_id, []),
-                count_tokens=token_counter(tokenizer),
-                top_k=config.retrieval.top_k,
-                no_gold_share=config.training.no_gold_share,
-                seed=config.training.seed,
-            )
+    if training.on_gpu:
+        return
+    if config.base.dtype == "float16":
+        raise ConfigError(
+            "base.dtype float16 is not trained on the CPU; set base.dtype=bfloat16, or training.gpus_per_worker=1",
+            param="base.dtype",
         )
-    return grounded, KnowledgeRef(name=config.knowledge.name, version=version)
+    if training.liger:
+        raise ConfigError(
+            "training.liger needs GPUs; leave it out, or set training.gpus_per_worker=1", param="training.liger"
+        )
 
 
-def _chunks(store: Store, knowledge: str, condition: Condition) -> dict[str, list[Chunk]]:
-    """The chunks that meet `condition`, by document."""
-    columns = [field.name for field in fields(Chunk) if field.name != "metadata"]
-    by_document: dict[str, list[Chunk]] = defaultdict(list)
-    for row in store.rows(knowledge, condition, columns):
-        by_document[row["doc_id"]].append(Chunk(**{column: row[column] for column in columns}))
-    return by_document
+def run_name(config: Config, recipe: str, force: bool) -> str:
+    """``training.run``, or adapter and recipe; with `force` a name of its own, so that nothing is taken up again."""
+    name = config.training.run or f"{config.training.adapter}-{recipe[:12]}"
+    return f"{name}-{int(time.time())}" if force else name
 
 
-def recipe_digest(config: Config, base: BaseRef, dataset: DatasetRef) -> str:
-    """Hash of everything that decides the weights of an adapter."""
+def recipe_digest(config: Config, base: BaseRef, prepared: Prepared) -> str:
+    """Hash of everything that decides the weights that come out."""
     recipe = {
         "base": base.model_dump(mode="json"),
-        "dataset": dataset.digest,
-        "training": config.training.model_dump(mode="json", exclude={"max_failures", "checkpoint_steps"}),
+        "datasets": {name: examples.digest(part) for name, part in prepared.examples.items() if name != "general"},
+        "training": config.training.model_dump(mode="json", exclude=NOT_IN_RECIPE),
     }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def _published(registry: Registry, name: str, recipe: str) -> AdapterVersion | None:
-    versions = [version for version in registry.adapters() if version.name == name]
-    return next((version for version in reversed(versions) if version.card.training.get("recipe") == recipe), None)
+def _published(registry: Registry, config: Config, recipe: str) -> Published | None:
+    known = registry.adapters() if config.training.publish == "adapter" else registry.models()
+    ours = [version for version in known if version.name == config.training.adapter]
+    return next((version for version in reversed(ours) if version.card.training.get("recipe") == recipe), None)
+
+
+def _summary(prepared: Prepared, encodings: dict[str, Encoding]) -> list[str]:
+    lines = []
+    for name, encoding in encodings.items():
+        parts = [f"{name}: {len(prepared.examples[name])} rows, {encoding.tokens} tokens"]
+        parts += [f"{encoding.dropped} too long and left out"] if encoding.dropped else []
+        parts += [f"{encoding.truncated} cut to length"] if encoding.truncated else []
+        lines.append(", ".join(parts))
+    if prepared.knowledge is not None:
+        lines[0] += f", passages from knowledge {prepared.knowledge.name} v{prepared.knowledge.version}"
+    return lines
+
+
+def _tell(say: Say, record: runs.Run, line: str) -> None:
+    record.log(line)
+    say(line)
+
+
+def _end(record: runs.Run, outcome: Future[Any]) -> None:
+    """End a run whose record says that it must stop."""
+    try:
+        record.check_cancelled()
+    except MetierError as reason:
+        settle(outcome, reason)

@@ -7,6 +7,7 @@ sharded optimizer (one file a rank) is whole there whichever node a rank ran on.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 import time
@@ -15,58 +16,106 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config, from_json
+from cluster.errors import MetierError
 from cluster.models import load_tokenizer, resolve
 from cluster.storage import Storage
-from training.base import load_with_lora
-from training.deepspeed import ds_config
-from training.data.encode import Encoded, encode, tokens
-from training.data.grounded import GroundedRow
-
-PAD_TO = 64
-"""Batches are padded to a multiple of this many tokens: fewer shapes, and CPU kernels are compiled per shape."""
+from training import bad_batch, base, resize
+from training.arguments import arguments
+from training.callbacks import BEST, KeepBest, Report
+from training.data import examples
+from training.data.encode import Encoding, encode
+from training.memory import as_resources_short
 
 
 def train_worker(spec: dict[str, Any]) -> None:
     """Train on one worker; called by Ray Train on each.
 
     Args:
-        spec: ``config`` (resolved JSON), ``run`` (its name), ``dataset`` (path of the grounded rows in storage), ``events`` (a queue
-            that takes one dict a logging step, from rank 0).
+        spec: ``config`` (resolved JSON), ``run`` (its name), ``datasets`` (``train``, and where there are such rows
+            ``validation`` and ``general``: paths of examples in storage), ``events`` (a queue that takes one dict a
+            logged step or evaluation, from rank 0, and from any rank ``{"error": MetierError}`` where trying again
+            would end the same way).
     """
+    from deepspeed.ops import __compatible_ops__
+
+    # Collectives over shared memory, for inference only: compiling them takes a minute, and a compiler that is killed
+    # leaves a lock in torch's cache for which every later run waits.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    config = from_json(spec["config"])
+    try:
+        _train(config, spec)
+    except MetierError as error:
+        spec["events"].put({"error": error})
+        raise
+    except (RuntimeError, MemoryError) as error:
+        short = as_resources_short(error, config)
+        if short is None:
+            raise
+        spec["events"].put({"error": short})
+        raise short from error
+
+
+def _train(config: Config, spec: dict[str, Any]) -> None:
     import ray.train
-    from datasets import Dataset
     from ray.train import Checkpoint
     from transformers import set_seed
-    from trl import SFTTrainer
 
-    from training.loss import AnswerLossTrainer
+    from training.trainer import CpuTrainer, Trainer
 
-    config = from_json(spec["config"])
+    began = time.monotonic()
+    storage = Storage.of(config.storage)
     directory = resolve(config.base, config.models_cache)
     tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
-    rows = read_dataset(Storage.of(config.storage), spec["dataset"])
-    encoded = encode(rows, tokenizer, config.training.max_tokens)
-
-    rank = ray.train.get_context().get_world_rank()
-    with _scratch(f"metier-{spec['run']}-{rank}") as scratch:
-        set_seed(config.training.seed)  # the initial LoRA weights; the trainer sets it again for all that follows
-        kind = SFTTrainer if config.training.gpus_per_worker > 0 else AnswerLossTrainer
-        trainer = kind(
-            model=load_with_lora(config, directory),
-            args=_arguments(config, scratch),
-            train_dataset=Dataset.from_list([dict(row) for row in encoded]),
-            processing_class=tokenizer,
-            callbacks=_callbacks(spec["events"], encoded),
+    training = config.training
+    encodings = {
+        name: encode(examples.read(storage, path), tokenizer, training.max_tokens, training.too_long)
+        for name, path in spec["datasets"].items()
+    }
+    rank, workers = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    with (
+        _scratch(f"metier-{spec['run']}-{rank}") as scratch,
+        resize.opened(ray.train.get_checkpoint(), workers, Path(scratch)) as (resumed, universal),
+    ):
+        if "tensorboard" in training.trackers:
+            # transformers' own default is the scratch directory, which is gone after the run.
+            os.environ["TENSORBOARD_LOGGING_DIR"] = storage.full_url(f"runs/{spec['run']}/tensorboard")
+        set_seed(training.seed)  # the initial LoRA weights; the trainer sets it again for all that follows
+        watched = {name: _dataset(encoding) for name, encoding in encodings.items() if name != "train"}
+        args = arguments(
+            config,
+            scratch,
+            run=spec["run"],
+            fresh=resumed is None,
+            watched=bool(watched),
+            workers=workers,
+            universal=universal,
         )
-        trainer.model.enable_input_require_grads()
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            trainer.train()
-        else:
-            with checkpoint.as_directory() as resumed:
-                trainer.train(resume_from_checkpoint=str(resumed))
+        report = Report(spec["events"], encodings["train"].tokens, began, config)
+        keep_best = KeepBest(training.early_stopping, scratch)
+        trainer = (Trainer if training.on_gpu else CpuTrainer)(
+            model=base.load(config, directory),
+            args=args,
+            train_dataset=_packed(encodings["train"], training.max_tokens)
+            if training.packing and not training.on_gpu
+            else _dataset(encodings["train"]),
+            eval_dataset=watched or None,
+            processing_class=tokenizer,
+            callbacks=[report, *([keep_best] if "validation" in watched else [])],
+            on_bad_loss=lambda loss, inputs: bad_batch.stop(
+                loss, inputs, storage, spec["run"], trainer.state.global_step + 1, rank, encodings["train"], config
+            ),
+        )
+        keep_best.trainer = trainer
+        if training.packing and not training.on_gpu:
+            trainer.data_collator.return_position_ids = True
+        if resumed is not None and (best := resumed / BEST).is_dir() and rank == 0:
+            shutil.copytree(best, Path(scratch, BEST))
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         final = Path(scratch, "final")
-        trainer.save_model(str(final))
+        if keep_best.is_behind(trainer.state):
+            Path(scratch, BEST).rename(final) if rank == 0 else None
+        else:
+            trainer.save_model(str(final))
         ray.train.report(
             {"step": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(final) if rank == 0 else None
         )
@@ -84,84 +133,18 @@ def _scratch(name: str) -> Iterator[str]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def read_dataset(storage: Storage, path: str) -> list[GroundedRow]:
-    """The grounded rows the driver stored for this run."""
-    return [GroundedRow.model_validate_json(line) for line in storage.read(path).splitlines()]
+def _dataset(encoding: Encoding) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list([dict(sequence) for sequence in encoding.sequences])
 
 
-def _arguments(config: Config, scratch: str) -> Any:
-    from trl import SFTConfig
+def _packed(encoding: Encoding, max_tokens: int) -> Any:
+    """Sequences put together up to `max_tokens`, with where each ends in ``seq_lengths``; none is cut.
 
-    training = config.training
-    on_gpu = training.gpus_per_worker > 0
-    return SFTConfig(
-        output_dir=scratch,
-        per_device_train_batch_size=training.batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation,
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps or -1,
-        learning_rate=training.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=training.warmup_ratio,
-        max_grad_norm=training.deepspeed.gradient_clipping,
-        train_sampling_strategy="group_by_length",
-        completion_only_loss=True,
-        max_length=None,
-        pad_to_multiple_of=None if on_gpu else PAD_TO,
-        bf16=config.base.dtype == "bfloat16",
-        fp16=config.base.dtype == "float16",
-        use_cpu=not on_gpu,
-        ddp_backend="nccl" if on_gpu else "gloo",
-        deepspeed=ds_config(config),
-        gradient_checkpointing=on_gpu,
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=training.checkpoint_steps,
-        save_total_limit=1,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=on_gpu,
-        seed=training.seed,
-        data_seed=training.seed,
-    )
+    On GPUs TRL packs by itself, into one row without padding, for kernels that take sequences of unequal length. On the
+    CPU scores of that long row would grow with the square of the batch, so packed rows stay rows of a batch there.
+    """
+    from trl import pack_dataset
 
-
-def _callbacks(events: Any, encoded: list[Encoded]) -> list[Any]:
-    import ray.train
-    from ray.train import Checkpoint
-    from transformers import TrainerCallback
-    from transformers.trainer_utils import get_last_checkpoint
-
-    class Report(TrainerCallback):
-        """Logged metrics go to the driver's queue, saved checkpoints to Ray Train."""
-
-        def __init__(self) -> None:
-            self.started = 0.0
-            self.first_epoch = 0.0
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.started = time.monotonic()
-            self.first_epoch = state.epoch or 0.0
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-            if not state.is_world_process_zero or not logs or "loss" not in logs:
-                return
-            seconds = time.monotonic() - self.started
-            seen = (state.epoch - self.first_epoch) * tokens(encoded)
-            events.put(
-                {
-                    "step": state.global_step,
-                    "steps": state.max_steps,
-                    "loss": logs["loss"],
-                    "grad_norm": float(logs.get("grad_norm") or 0.0),
-                    "learning_rate": logs.get("learning_rate", 0.0),
-                    "seconds": round(seconds, 3),
-                    "tokens_per_s": round(seen / seconds, 1) if seconds else 0.0,
-                }
-            )
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            path = get_last_checkpoint(args.output_dir)
-            ray.train.report({"step": state.global_step}, checkpoint=Checkpoint.from_directory(path) if path else None)
-
-    return [Report()]
+    return pack_dataset(_dataset(encoding), max_tokens, "bfd")

@@ -159,11 +159,13 @@ def environment(server: Server, tmp_path: Path) -> dict[str, str]:
     }
 
 
-def start(source: str, cache: Path, environment: dict[str, str], **settings: object) -> subprocess.Popen[str]:
+def start(
+    source: str, cache: Path, environment: dict[str, str], function: str = "resolve", **settings: object
+) -> subprocess.Popen[str]:
     """A process that prints the directory, or the error's name and message."""
     script = (
-        "import sys, json\nfrom cluster.config import ModelConfig\nfrom cluster.errors import MetierError\nfrom cluster.models import resolve\n"
-        "try: print(resolve(ModelConfig(**json.loads(sys.argv[1])), sys.argv[2]))\n"
+        f"import sys, json\nfrom cluster.config import ModelConfig\nfrom cluster.errors import MetierError\nfrom cluster.models import {function}\n"
+        f"try: print({function}(ModelConfig(**json.loads(sys.argv[1])), sys.argv[2]))\n"
         "except MetierError as error: print(type(error).__name__, error)\n"
     )
     command = [sys.executable, "-c", script, json.dumps({"source": source, **settings}), str(cache)]
@@ -184,8 +186,10 @@ def finish(process: subprocess.Popen[str]) -> str:
     return out.strip()
 
 
-def resolve(source: str, cache: Path, environment: dict[str, str], **settings: object) -> str:
-    return finish(start(source, cache, environment, **settings))
+def resolve(
+    source: str, cache: Path, environment: dict[str, str], function: str = "resolve", **settings: object
+) -> str:
+    return finish(start(source, cache, environment, function, **settings))
 
 
 def files(directory: str | Path) -> dict[str, bytes]:
@@ -228,6 +232,16 @@ def test_a_hub_model_is_pinned_to_its_commit(server: Server, environment: dict[s
     assert resolve("hub:org/name", cache, environment | {"HF_ENDPOINT": CLOSED}, revision="v1") == directory
     assert resolve("org/name", cache, environment) == str(cache / "hub--org--name--main")
     assert server.downloads == 2
+
+
+def test_of_a_hub_model_the_configuration_alone_can_be_had(
+    server: Server, environment: dict[str, str], tmp_path: Path
+) -> None:
+    got = resolve("org/name", tmp_path / "cache", environment, function="config_file")
+    assert Path(got).read_bytes() == MODEL["config.json"]
+    assert server.downloads == 0, "no weights"
+    gone = resolve("org/other", tmp_path / "cache", environment | {"HF_ENDPOINT": CLOSED}, function="config_file")
+    assert gone.startswith("Unavailable org/other cannot be fetched")
 
 
 def test_code_comes_along_only_when_it_is_trusted(environment: dict[str, str], tmp_path: Path) -> None:

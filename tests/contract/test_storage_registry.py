@@ -20,10 +20,11 @@ import botocore.exceptions
 import fsspec
 import pytest
 
+from cluster.adapter_files import PEFT_FILES
 from cluster.config import PromptConfig, RetrievalConfig
 from cluster.errors import BadInput, Mismatch, ModelNotFound, NotFound, ResourcesShort, Unavailable
-from cluster.registry import Registry
-from cluster.release import AdapterCard, AdapterRef, BaseRef, DatasetRef, EmbedderRef, Release
+from cluster.registry import Registry, content_digest, file_digest
+from cluster.release import AdapterCard, AdapterRef, BaseRef, DatasetRef, EmbedderRef, ModelCard, Release
 from cluster.storage import Storage
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -288,7 +289,8 @@ def test_an_adapter_comes_back_as_it_was_published(registry: Registry, tmp_path:
 
 def test_the_same_content_is_the_same_version(registry: Registry, tmp_path: Path) -> None:
     first = registry.publish_adapter("shop", adapter(tmp_path / "a"), CARD)
-    slower = CARD.model_copy(update={"training": {"seconds": 99.0}, "metier": "0.2.0"})
+    how = {"training": {"seconds": 99.0}, "metrics": {"validation": 1.5}, "config": {"name": "x"}, "run": "shop-2"}
+    slower = CARD.model_copy(update=how | {"metier": "0.2.0", "code": "c"})
     assert registry.publish_adapter("shop", adapter(tmp_path / "b"), slower) == first
     second = registry.publish_adapter("shop", adapter(tmp_path / "c", seed=1), CARD)
     assert (second.version, len({first.digest, second.digest})) == (2, 2)
@@ -300,13 +302,38 @@ def test_the_same_content_is_the_same_version(registry: Registry, tmp_path: Path
 
 @pytest.mark.parametrize(
     "change",
-    [{"groups": ("drivers",)}, {"prompt": "abc"}, {"dataset": DatasetRef(digest="d", rows=2, documents=["fees"])}],
+    [
+        {"groups": ("drivers",)},
+        {"prompt": "abc"},
+        {"dataset": DatasetRef(digest="d", rows=2, documents=["fees"])},
+        {"method": "qlora", "quantization": "nf4"},
+        {"objective": "domain"},
+    ],
 )
 def test_other_rights_or_other_rows_make_another_adapter(
     registry: Registry, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     first = registry.publish_adapter("shop", adapter(tmp_path), CARD)
     assert registry.publish_adapter("shop", adapter(tmp_path), CARD.model_copy(update=change)).digest != first.digest
+
+
+def test_an_adapter_published_before_cards_had_more_fields_is_still_fetched(registry: Registry, tmp_path: Path) -> None:
+    source = adapter(tmp_path / "a")
+    old = {
+        "base": BASE.model_dump(mode="json"),
+        "method": "lora",
+        "rank": 2,
+        "alpha": 4.0,
+        "target_modules": ["q_proj"],
+    }
+    manifest = {"files": {name: file_digest(source / name) for name in PEFT_FILES}, "card": old}
+    content = content_digest(manifest)
+    for name in PEFT_FILES:
+        registry.storage.upload(source / name, f"objects/adapters/{content}/{name}")
+    registry.storage.write(f"objects/adapters/{content}/manifest.json", json.dumps(manifest).encode())
+    registry.log("adapters/shop").append({"digest": content})
+    assert registry.adapter("shop").card == CARD
+    assert registry.fetch_adapter(content, tmp_path / "cache").is_dir()
 
 
 def test_references_to_adapters(registry: Registry, tmp_path: Path) -> None:
@@ -440,6 +467,93 @@ def test_a_changed_release_is_noticed(registry: Registry) -> None:
     registry.storage.write(f"objects/releases/{made.digest}/manifest.json", json.dumps(document).encode())
     with pytest.raises(Mismatch, match=r"release support@1 .* was changed"):
         Registry(registry.storage).release("support")
+
+
+# -- models ------------------------------------------------------------------------------------------------------
+
+MODEL_CARD = ModelCard(base=BASE, method="full", dataset=DatasetRef(digest="d", rows=2))
+
+
+def model(directory: Path, seed: int = 0) -> Path:
+    """A model in two shards, with a tokenizer, and things that are no part of it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = {"w0": "model-00001-of-00002.safetensors", "w1": "model-00002-of-00002.safetensors"}
+    for name, file in shards.items():
+        head = json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+        (directory / file).write_bytes(struct.pack("<Q", len(head)) + head + struct.pack("<2f", seed, seed))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (directory / "config.json").write_text("{}")
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "1_Pooling").mkdir(exist_ok=True)
+    (directory / "1_Pooling" / "config.json").write_text("{}")
+    (directory / "optimizer.pt").write_bytes(b"pickle")
+    (directory / ".complete.json").write_text("{}")
+    return directory
+
+
+MODEL_FILES = [
+    "1_Pooling/config.json",
+    "config.json",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+]
+
+
+def visible(directory: Path) -> list[str]:
+    names = (file.relative_to(directory).as_posix() for file in directory.rglob("*") if file.is_file())
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def test_a_model_comes_back_whole_and_without_pickles(registry: Registry, tmp_path: Path) -> None:
+    source = model(tmp_path / "m")
+    first = registry.publish_model("shop", source, MODEL_CARD)
+    assert (first.ref, first.card) == ("shop@1", MODEL_CARD)
+    fetched = registry.fetch_model(first.digest, tmp_path / "cache")
+    assert visible(fetched) == MODEL_FILES
+    assert all((fetched / name).read_bytes() == (source / name).read_bytes() for name in MODEL_FILES)
+    pulled = registry.pull_model(first.digest, tmp_path / "here")
+    assert (pulled, visible(pulled)) == (tmp_path / "here", MODEL_FILES)
+
+    assert registry.publish_model("shop", source, MODEL_CARD.model_copy(update={"run": "again"})) == first
+    second = registry.publish_model("shop", model(tmp_path / "n", seed=1), MODEL_CARD)
+    assert [version.ref for version in registry.models()] == ["shop@1", "shop@2"]
+    assert registry.model("shop") == second
+    assert registry.model(f"shop@{first.digest[:8]}") == first
+    assert registry.adapters() == []
+    with pytest.raises(ModelNotFound, match=r"no model 'shpo' .*did you mean shop"):
+        registry.model("shpo")
+
+
+@pytest.mark.parametrize("lost", ["config.json", "tokenizer.json", "model-00002-of-00002.safetensors"])
+def test_half_a_model_is_not_published(registry: Registry, tmp_path: Path, lost: str) -> None:
+    directory = model(tmp_path / "m")
+    (directory / lost).unlink()
+    with pytest.raises(NotFound, match=f"not a model directory: it has no {re.escape(lost)}"):
+        registry.publish_model("shop", directory, MODEL_CARD)
+    cut = model(tmp_path / "cut") / "model-00001-of-00002.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(BadInput, match="copy it again"):
+        registry.publish_model("shop", cut.parent, MODEL_CARD)
+    assert registry.models() == []
+
+
+def test_a_model_that_was_changed_in_storage_is_not_delivered(registry: Registry, tmp_path: Path) -> None:
+    made = registry.publish_model("shop", model(tmp_path / "m"), MODEL_CARD)
+    registry.storage.write(f"objects/models/{made.digest}/config.json", b"{ }")
+    with pytest.raises(Mismatch, match=r"config\.json of model .{12} .* is damaged; publish the model again"):
+        registry.fetch_model(made.digest, tmp_path / "cache")
+    assert not (tmp_path / "cache" / made.digest).exists()
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/x.json", "a/../../x.json", "pytorch_model.bin", "code.py"])
+def test_a_manifest_cannot_name_files_elsewhere_or_code(registry: Registry, tmp_path: Path, name: str) -> None:
+    manifest = {"files": {name: "0" * 64}, "card": MODEL_CARD.model_dump(mode="json")}
+    content = content_digest(manifest)
+    registry.storage.write(f"objects/models/{content}/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(Mismatch, match=r"the manifest of model .* was changed"):
+        registry.fetch_model(content, tmp_path / "cache")
 
 
 # -- knowledge ---------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``--submit`` against a Ray cluster of its own, started as an operator would, with token authentication on."""
+"""``--on``: verbs as jobs of a Ray cluster of its own, started as an operator would, with token authentication on."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests import trade
 
 TOKEN = secrets.token_hex(16)
+pytestmark = pytest.mark.timeout(600)
+ENDLESS = ("--set", "training.max_steps=100000", "--set", "data.heldout=[]")
 AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 
@@ -66,7 +70,7 @@ def answers(address: str) -> bool:
 
 def test_verbs_run_as_jobs_of_a_cluster_that_asks_for_its_token(head: str, tmp_path: Path) -> None:
     config = trade.write_config(tmp_path)
-    at = ["--submit", "--set", f"ray.address={head}"]
+    at = ["--on", head]
 
     with trade.desk(config, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 32) as stranger:
         assert "token" in stranger.fails(5, "index", *at)
@@ -74,22 +78,51 @@ def test_verbs_run_as_jobs_of_a_cluster_that_asks_for_its_token(head: str, tmp_p
 
     with trade.desk(config, **AUTH) as desk:
         indexed = desk.ok("index", *at)
+        assert indexed.err.startswith("job metier-index-") and f" is submitted to {head}\n" in indexed.err
         assert "knowledge lamps v1: 8 documents" in indexed.out, "the job's log is followed to its end"
         failed = desk.fails(5, "index", *at, "--set", "knowledge.documents=/nowhere")
-        assert "ended as FAILED" in failed
+        assert "ended as failed" in failed
 
 
 @pytest.mark.e2e
 def test_training_as_a_job_uses_the_cluster_it_runs_on(head: str, tmp_path: Path) -> None:
     with trade.desk(trade.write_config(tmp_path), **AUTH) as desk:
         desk.ok("index")
-        trained = desk.ok("train", "--submit", "--set", f"ray.address={head}", "--set", "training.max_steps=2")
+        trained = desk.ok("train", "--on", head, "--set", "training.max_steps=2")
         assert "adapter lamps@1" in trained.out
         assert [adapter["version"] for adapter in desk.ok("adapters", "list", "--json").json] == [1]
+
+
+@pytest.mark.fault
+def test_a_job_goes_on_without_its_terminal_until_it_is_cancelled(head: str, tmp_path: Path) -> None:
+    with trade.desk(trade.write_config(tmp_path), **AUTH) as desk:
+        desk.ok("index")
+        log = tmp_path / "log"
+        child = desk.start("train", "--on", head, *ENDLESS, log=log)
+        trade.wait_for("the run", lambda: "run lamps-" in log.read_text() or child.poll() is not None, 240)
+        assert child.poll() is None, log.read_text()
+        child.kill()
+        child.wait()
+        job = log.read_text().removeprefix("job ").split()[0]
+
+        def run() -> Any:
+            return next(run for run in desk.ok("runs", "list", "--on", head, "--json").json if run["job"] == job)
+
+        seen = run()["heartbeat"]
+        trade.wait_for("a heartbeat without the terminal", lambda: run()["heartbeat"] > seen, 240)
+        assert run()["state"] == "training"
+        shown = desk.ok("runs", "show", job, "--json").json
+        driver = psutil.Process(shown["facts"]["pid"])
+        assert "metier train --config" in trade.command_line(driver)
+        assert f"run {shown['name']}: " in desk.ok("runs", "logs", job).out, "the run knows where it was submitted"
+
+        assert desk.ok("runs", "cancel", job, "--json").json == {"name": shown["name"], "state": "cancelled"}
+        trade.assert_gone([driver])
+        assert "is over already: cancelled" in desk.ok("runs", "cancel", shown["name"]).err
 
 
 def test_an_address_without_a_job_server_is_named(tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{trade.free_port()}"
     with trade.desk(trade.write_config(tmp_path)) as desk:
-        said = desk.fails(5, "index", "--submit", "--set", f"ray.address={address}")
-    assert address in said and "--submit wants the address of the dashboard" in said
+        said = desk.fails(5, "index", "--on", address)
+    assert address in said and "--on wants the address of the dashboard" in said

@@ -65,12 +65,12 @@ def test_rows_become_an_adapter_with_its_card_and_the_same_again_is_free(config:
     card = made.card
     assert (made.ref, card.prompt) == ("lamps@1", prompt_hash(config.prompt))
     assert card.knowledge is not None and (card.knowledge.name, card.knowledge.version) == ("lamps", 1)
-    assert card.dataset is not None and card.dataset.rows == 16
+    assert card.dataset is not None and card.dataset.rows == 12
     assert card.dataset.documents == sorted(f"lamp-{lamp}" for lamp in trade.LAMPS)
     assert card.training["steps"] == STEPS
     assert float(card.training["loss_last"]) < float(card.training["loss_first"])
     stored = trade.registry(config).storage.read(f"datasets/{card.dataset.digest}.jsonl")
-    assert len(stored.splitlines()) == 16
+    assert len(stored.splitlines()) == 12
 
     files = trade.registry(config).fetch_adapter(made.digest, tmp_path / "cache")
     assert plain_peft_moves(config, files), "the adapter changes nothing"

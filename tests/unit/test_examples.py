@@ -15,7 +15,7 @@ from training.data.rows import Row, read_rows
 
 ROOT = Path(__file__).parents[2]
 TRADE = ROOT / "examples/corvane"
-CONFIGS = sorted([*ROOT.glob("examples/**/*.yaml"), *ROOT.glob("k8s/chart/files/*.yaml")])
+CONFIGS = sorted([*ROOT.glob("examples/**/metier*.yaml"), *ROOT.glob("k8s/chart/files/*.yaml")])
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: str(file.relative_to(ROOT)))

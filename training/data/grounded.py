@@ -1,6 +1,6 @@
-"""Rows + the live index -> grounded rows: the question as serving would ask it, the answer as it should be cited.
+"""Rows + the live index -> examples: the question as serving would ask it, the answer as it should be cited.
 
-The passages of a row are the ones the retriever returns for its question on the current knowledge version: the
+A row without evidence is asked as serving asks without retrieval. The passages of any other are the ones the retriever returns for its question on the current knowledge version: the
 gold chunk stands among the very distractors it will meet in service (RAFT, Zhang et al., 2024). Where the
 retriever misses the gold chunk, it takes the last place; in a share of the rows it is taken out and the answer is
 the decline sentence, as it is for questions the documents do not answer.
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-
-from pydantic import BaseModel, ConfigDict
+from typing import Literal
 
 from cluster.config import PromptConfig
 from cluster.errors import BadInput
-from retrieval.prompt import ground, with_marks
+from retrieval.prompt import Grounded, ground, with_marks
 from retrieval.types import Chunk, Passage
-from training.data.rows import Evidence, Row
+from training.data.examples import Example
+from training.data.rows import AnyRow, Evidence, Row, Text
 
 Retrieve = Callable[[Sequence[dict[str, str]]], Sequence[Passage]]
 """Conversation -> more passages than are shown, best first, nothing cut by a score floor."""
@@ -25,21 +25,8 @@ ChunksOf = Callable[[str], Sequence[Chunk]]
 """Document id -> its live chunks."""
 
 
-class GroundedRow(BaseModel):
-    """One row as it is learned: `messages` up to the answer, then `answer`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    id: str
-    messages: tuple[dict[str, str], ...]
-    answer: str
-    documents: tuple[str, ...]
-    """Documents whose text stands in the prompt."""
-    chunks: tuple[str, ...]
-
-
 def ground_rows(
-    rows: Sequence[Row],
+    rows: Sequence[AnyRow],
     prompt: PromptConfig,
     *,
     retrieve: Retrieve,
@@ -48,23 +35,30 @@ def ground_rows(
     top_k: int,
     no_gold_share: float,
     seed: int,
-) -> Iterator[GroundedRow]:
-    """Grounded rows, one for each of `rows`, in their order.
+    loss_turns: Literal["last", "all"] = "last",
+) -> Iterator[Example]:
+    """Examples, one for each of `rows`, in their order. Nothing is retrieved for rows that are not grounded.
 
     Raises:
         BadInput: a quote stands in no live chunk of its document; the message names row and document.
     """
     chance = random.Random(seed)
     for row in rows:
-        gold = [_gold_chunk(row, evidence, chunks_of) for evidence in row.evidence]
+        if isinstance(row, Text):
+            yield Example(id=row.id, text=row.text, documents=row.documents)
+            continue
+        evidence = row.evidence
+        if evidence is None:
+            asked = ground(prompt, row.conversation, None, count_tokens)
+            yield _example(row, asked, row.reference, loss_turns)
+            continue
+        gold = [_gold_chunk(row, item, chunks_of) for item in evidence]
         found = list(retrieve(row.conversation))
         without = row.answerable and chance.random() < no_gold_share
         if without:
             ids = {chunk.chunk_id for chunk in gold}  # a quote that a chunk border cuts is held by none
             shown = [
-                passage
-                for passage in found
-                if passage.chunk_id not in ids and not _holds_any(passage.text, row.evidence)
+                passage for passage in found if passage.chunk_id not in ids and not _holds_any(passage.text, evidence)
             ][:top_k]
         else:
             shown = _with_gold(found, gold, top_k)
@@ -75,13 +69,28 @@ def ground_rows(
             if any(passage.chunk_id == chunk.chunk_id for chunk in gold)
         ]
         answer = with_marks(row.reference, numbers) if numbers and not without else prompt.decline
-        yield GroundedRow(
-            id=row.id,
-            messages=tuple(grounded.messages),
-            answer=answer,
-            documents=tuple(dict.fromkeys(passage.doc_id for passage in grounded.passages)),
-            chunks=tuple(passage.chunk_id for passage in grounded.passages),
-        )
+        # Its earlier answers were given among passages of their own, which are not here: none is learned unasked.
+        yield _example(row, grounded, answer, "last")
+
+
+def _example(row: Row, asked: Grounded, answer: str, loss_turns: Literal["last", "all"]) -> Example:
+    """`asked` begins with our system message; the row's own is part of that, its other turns follow in order."""
+    turns = [message for message in row.messages[:-1] if message.role != "system"]
+    flags = [turn.train if turn.train is not None else loss_turns == "all" for turn in turns]
+    last = row.messages[-1].train
+    return Example(
+        id=row.id,
+        messages=tuple(asked.messages),
+        answer=answer,
+        learned=last is None or last,
+        turns=tuple(
+            place
+            for place, (turn, flag) in enumerate(zip(turns, flags, strict=True), 1)
+            if flag and turn.role == "assistant"
+        ),
+        documents=tuple(dict.fromkeys(passage.doc_id for passage in asked.passages)),
+        chunks=tuple(passage.chunk_id for passage in asked.passages),
+    )
 
 
 def holds(text: str, quote: str) -> bool:

@@ -14,9 +14,7 @@ form; ``training.data.read`` takes the other shapes.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, Self
 
@@ -152,12 +150,3 @@ def _text(file: Path) -> str:
         raise BadInput(
             f"{file}: not UTF-8 (byte {error.start}); write it again as UTF-8, for example with iconv", param=str(file)
         ) from None
-
-
-def digest(rows: Iterable[BaseModel]) -> str:
-    """Content hash of rows in their order: the dataset's version."""
-    total = hashlib.sha256()
-    for row in rows:
-        total.update(json.dumps(row.model_dump(mode="json"), sort_keys=True, ensure_ascii=False).encode())
-        total.update(b"\n")
-    return total.hexdigest()

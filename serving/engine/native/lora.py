@@ -6,7 +6,7 @@ row's adapter; a pass in which all rows share one adapter reads that slot only, 
 (The idea of batching over adapters is that of Punica and S-LoRA, Chen et al. and Sheng et al., 2023; on a CPU one
 masked product beat gathering each row's matrices.)
 
-Covered: plain LoRA of any rank and any linear layers. The scale is folded into ``B``.
+Covered: plain LoRA and rsLoRA of any rank and any linear layers. The scale is folded into ``B``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cluster.adapter_files import TENSOR, check_adapter_files
+from cluster.adapter_files import TENSOR, check_adapter_files, scale
 from cluster.errors import Mismatch
 
 
@@ -92,11 +92,12 @@ class LoraBank:
             self._check(name, a, b)
         self._make_room(pairs, int(settings["r"]))
         self.clear(slot)
+        factor = scale(settings)
         for name, (a, b) in pairs.items():
             layer, rank = self.layers[name], a.shape[0]
             start = slot * self.plan.rank
             layer.a[start : start + rank] = a.to(layer.a)
-            layer.b[start : start + rank] = (b.T * (settings["lora_alpha"] / rank)).to(layer.b)
+            layer.b[start : start + rank] = (b.T * factor).to(layer.b)
 
     def clear(self, slot: int) -> None:
         """Take the adapter in `slot` out."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cluster.adapter_files import check_adapter_files, tensors
+from cluster.adapter_files import check_adapter_files, scale, tensors
 from cluster.errors import BadInput, MetierError, Mismatch, NotFound
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -64,11 +64,38 @@ def test_a_pickle_is_refused_by_its_name(tmp_path: Path, name: str, alone: bool)
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("use_dora", True), ("bias", "all"), ("modules_to_save", ["lm_head"]), ("rank_pattern", {"q": 2})],
+    [
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("rank_pattern", {"q": 2}),
+        ("target_parameters", ["experts.up"]),
+        ("alora_invocation_tokens", [1, 2]),
+    ],
 )
 def test_what_is_more_than_plain_lora_is_refused_by_setting(tmp_path: Path, setting: str, value: Any) -> None:
     with pytest.raises(BadInput, match=f"{setting} is .* does not serve"):
         check_adapter_files(adapter(tmp_path, **{setting: value}))
+
+
+def test_dora_is_refused_with_the_way_out_and_passes_where_it_is_merged(tmp_path: Path) -> None:
+    directory = adapter(tmp_path / "a", LORA | {f"{PREFIX}.lora_magnitude_vector": (32,)}, use_dora=True)
+    with pytest.raises(BadInput, match=r"DoRA is not served as an adapter; merge it into its base .*publish=model"):
+        check_adapter_files(directory)
+    assert check_adapter_files(directory, base(tmp_path / "base"), merging=True)["r"] == 4
+    with pytest.raises(BadInput, match="lora_magnitude_vector"):
+        check_adapter_files(adapter(tmp_path / "a", LORA | {f"{PREFIX}.lora_magnitude_vector": (32,)}))
+
+
+def test_rslora_passes_and_scales_by_the_root_of_the_rank(tmp_path: Path) -> None:
+    assert scale(check_adapter_files(adapter(tmp_path))) == 2
+    assert scale(check_adapter_files(adapter(tmp_path, use_rslora=True))) == 4
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_16", "olora", "loftq"])
+def test_an_adapter_that_comes_with_a_changed_base_is_refused(tmp_path: Path, init: str) -> None:
+    with pytest.raises(BadInput, match=f"init_lora_weights is '{init}', which also changes the base"):
+        check_adapter_files(adapter(tmp_path, init_lora_weights=init))
+    assert check_adapter_files(adapter(tmp_path, init_lora_weights="gaussian"))
 
 
 @pytest.mark.parametrize(

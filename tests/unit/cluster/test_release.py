@@ -13,6 +13,7 @@ from cluster.release import (
     AdapterCard,
     AdapterRef,
     BaseRef,
+    DatasetRef,
     EmbedderRef,
     KnowledgeRef,
     Release,
@@ -22,7 +23,14 @@ from cluster.release import (
 
 BASE = BaseRef(source="tiny:llama", dtype="bfloat16", tokenizer="t", chat_template="c", architecture="a")
 PROMPT = PromptConfig()
-CARD = AdapterCard(base=BASE, rank=8, alpha=16, target_modules=["q_proj"], prompt=prompt_hash(PROMPT))
+CARD = AdapterCard(
+    base=BASE,
+    rank=8,
+    alpha=16,
+    target_modules=["q_proj"],
+    prompt=prompt_hash(PROMPT),
+    dataset=DatasetRef(digest="d", rows=3),
+)
 
 
 def make(**parts: Any) -> Release:
@@ -95,7 +103,28 @@ def test_all_differences_are_told_at_once() -> None:
 
 
 def test_an_adapter_trained_elsewhere_is_compared_by_what_its_weights_need() -> None:
-    foreign = CARD.model_copy(update={"prompt": None})
+    foreign = CARD.model_copy(update={"prompt": None, "dataset": None})
     check_match(foreign, BASE.model_copy(update={"source": "./copy", "revision": "v2"}), PromptConfig(system="Answer."))
     with pytest.raises(Mismatch, match=r"base\.architecture"):
         check_match(foreign, BASE.model_copy(update={"architecture": "other"}), PROMPT)
+
+
+def test_an_adapter_of_raw_text_knows_its_base_and_no_prompt() -> None:
+    domain = CARD.model_copy(update={"prompt": None, "objective": "domain"})
+    check_match(domain, BASE, PromptConfig(system="Answer."))
+    with pytest.raises(Mismatch, match=r"base\.source is tiny:llama in the adapter, \./copy here"):
+        check_match(domain, BASE.model_copy(update={"source": "./copy"}), PROMPT)
+
+
+def test_without_a_prompt_the_base_alone_is_compared() -> None:
+    check_match(CARD.model_copy(update={"prompt": "0" * 16}), BASE, None)
+    with pytest.raises(Mismatch, match=r"base\.dtype"):
+        check_match(CARD, BASE.model_copy(update={"dtype": "float32"}), None)
+
+
+def test_a_card_of_before_says_what_was_the_case_then() -> None:
+    new = ("method", "objective", "quantization", "max_tokens", "metrics", "config", "run", "code", "variant")
+    old = {key: value for key, value in CARD.model_dump(mode="json").items() if key not in new}
+    old["dataset"] = {"digest": "d", "rows": 3, "documents": []}
+    assert AdapterCard.model_validate(old) == CARD
+    assert (CARD.method, CARD.quantization, CARD.variant, CARD.objective) == ("lora", "none", "plain", "sft")

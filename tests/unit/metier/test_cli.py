@@ -100,7 +100,7 @@ def test_release_without_adapter_or_knowledge_then_alias_moves(
         (("release", "create", "tiny-llama", "--no-adapter"), 2, "choose another name"),
         (("release", "create", "--no-adapter"), 2, "run `metier index` first"),
         (("search", "anything"), 3, "run `metier index` first"),
-        (("train",), 2, "data.train names no file"),
+        (("train",), 2, "data.train names no rows"),
         (("eval",), 2, "data.heldout names no file"),
         (("ask", "anything", "--set", "serving.port=1"), 5, "start one with `metier up`"),
         (("index",), 3, "knowledge.documents"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from metier.console import curve, progress
+from metier.console import curve, progress, table
 
 
 def test_curve_falls_with_its_values() -> None:
@@ -21,3 +21,8 @@ def test_progress_off_a_terminal_prints_a_line_a_tenth(capsys: pytest.CaptureFix
     lines = [line for line in capsys.readouterr().err.splitlines() if "steps" in line]
     assert len(lines) == 11
     assert "100/100" in lines[-1]
+
+
+def test_a_table_shows_what_looks_like_markup_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    table(("id", "n"), [("[/bold]", 1), ("[red]x", 2)])
+    assert "[/bold]" in capsys.readouterr().out

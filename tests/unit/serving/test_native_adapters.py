@@ -1,7 +1,9 @@
 """Residency of adapters, without the engine: who may come, who must stay, and that each row has its own."""
 
+import asyncio
 import copy
 import itertools
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +14,8 @@ import torch
 
 from cluster.adapter_files import check_adapter_files
 from cluster.errors import Mismatch, NotFound
+from serving.engine.base import GenerateRequest, Sampling
+from serving.engine.native import NativeEngine
 from serving.engine.native.adapters import Adapters
 
 A, B, C, BAD = "a" * 64, "b" * 64, "c" * 64, "d" * 64
@@ -215,3 +219,70 @@ def test_every_spelling_of_tensor_names_that_is_published_is_applied(
     residency = resident(base_model, {A: directory}, capacity=1)
     residency.lease(A)
     check(residency, [A], expected)
+
+
+# -- rsLoRA
+
+
+@pytest.fixture(scope="module")
+def rslora(base_model: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """An rsLoRA adapter of rank 4, its scale twice that of plain LoRA, and PEFT's model of it."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=4, use_rslora=True, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(base_model), config)
+    chance = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=chance) * 0.2
+    directory = tmp_path_factory.mktemp("rslora")
+    model.save_pretrained(directory)
+    return directory, PeftModel.from_pretrained(copy.deepcopy(base_model), directory).eval()
+
+
+def test_rslora_is_scaled_as_peft_scales_it(
+    rslora: tuple[Path, Any], base_model: Any, adapters: dict[str, Path], expected: Expected, tmp_path: Path
+) -> None:
+    directory, peft = rslora
+    with_it = expected | {BAD: logits(peft)}
+    residency = resident(base_model, {A: adapters[A], BAD: directory}, capacity=2)
+    for digest in (BAD, A):
+        residency.lease(digest)
+    check(residency, [BAD], with_it)
+    check(residency, [A, BAD, None], with_it)
+
+    plain = copied(directory, tmp_path, dict)
+    settings = json.loads((plain / "adapter_config.json").read_text())
+    (plain / "adapter_config.json").write_text(json.dumps(settings | {"use_rslora": False}))
+    other = resident(base_model, {BAD: plain}, capacity=1)
+    other.lease(BAD)
+    with pytest.raises(AssertionError):
+        check(other, [BAD], with_it)
+
+
+def test_the_engine_decodes_rslora_to_the_tokens_of_peft(
+    rslora: tuple[Path, Any], make_config: Callable[..., Any], tiny_llama: Path
+) -> None:
+    directory, peft = rslora
+    prompt = tuple((31 * n) % 250 + 3 for n in range(20))
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        out = peft.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=2
+        )
+    wanted = [token for token in out[0, len(prompt) :].tolist() if token != 2]
+
+    engine = NativeEngine(make_config("serving.generator.threads=1"), tiny_llama)
+    engine.start()
+    try:
+        engine.add_adapter(BAD, directory)
+        got = {adapter: asyncio.run(_answer(engine, prompt, adapter)) for adapter in (BAD, None)}
+    finally:
+        engine.stop()
+    assert got[BAD] == wanted
+    assert got[None] != wanted, "the adapter changes nothing; this test would prove nothing"
+
+
+async def _answer(engine: NativeEngine, prompt: tuple[int, ...], adapter: str | None) -> list[int]:
+    request = GenerateRequest("r", prompt, Sampling(12), adapter)
+    return [token async for delta in engine.generate(request) for token in delta.token_ids]

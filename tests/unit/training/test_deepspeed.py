@@ -45,3 +45,26 @@ def test_batch_learning_rate_and_clipping_are_the_configured_ones(make_config: M
 def test_it_is_json(make_config: Make) -> None:
     told = ds_config(make_config())
     assert json.loads(json.dumps(told)) == told
+
+
+def test_offload_goes_where_it_is_told(make_config: Make) -> None:
+    assert not {"offload_optimizer", "offload_param"} & ds_config(make_config())["zero_optimization"].keys()
+    told = ds_config(
+        make_config(
+            "training.deepspeed.zero_stage=3",
+            "training.deepspeed.offload.optimizer=nvme",
+            "training.deepspeed.offload.parameters=cpu",
+            "training.deepspeed.offload.nvme_path=/fast",
+        )
+    )["zero_optimization"]
+    assert (told["offload_optimizer"]["device"], told["offload_optimizer"]["nvme_path"]) == ("nvme", "/fast")
+    assert told["offload_param"]["device"] == "cpu"
+
+
+def test_weight_decay_is_the_configured_one(make_config: Make) -> None:
+    assert ds_config(make_config("training.weight_decay=0.1"))["optimizer"]["params"]["weight_decay"] == 0.1
+
+
+def test_buffers_do_not_take_gigabytes_whatever_is_trained(make_config: Make) -> None:
+    zero = ds_config(make_config())["zero_optimization"]
+    assert max(zero["reduce_bucket_size"], zero["allgather_bucket_size"]) * 4 <= 200_000_000

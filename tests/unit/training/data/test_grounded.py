@@ -9,7 +9,8 @@ from cluster.config import PromptConfig
 from cluster.errors import BadInput
 from retrieval.prompt import citations, ground
 from retrieval.types import Chunk, Passage
-from training.data.grounded import GroundedRow, ground_rows, holds
+from training.data.examples import Example
+from training.data.grounded import ground_rows, holds
 from training.data.rows import Evidence, Row
 
 PROMPT = PromptConfig()
@@ -47,12 +48,12 @@ TRAILER = ("fees", "trailer costs 18.50 crowns for one")
 FERRY = ("hours", "leaves at 22:40")
 
 
-def one(asked: Row, found: Sequence[str], **options: Any) -> GroundedRow:
+def one(asked: Row, found: Sequence[str], **options: Any) -> Example:
     (made,) = many([asked], found, **options)
     return made
 
 
-def many(asked: Sequence[Row], found: Sequence[str], **options: Any) -> list[GroundedRow]:
+def many(asked: Sequence[Row], found: Sequence[str], **options: Any) -> list[Example]:
     settings: dict[str, Any] = {"count_tokens": len, "top_k": 3, "no_gold_share": 0.0, "seed": 1} | options
     return list(ground_rows(asked, PROMPT, retrieve=lambda _: passages(*found), chunks_of=chunks_of, **settings))
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cluster.errors import BadInput, NotFound
-from training.data.rows import Row, digest, read_rows
+from training.data.examples import digest
+from training.data.rows import Row, read_rows
 
 GOOD: dict[str, Any] = {
     "id": "t1",

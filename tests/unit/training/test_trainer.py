@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from training.loss import AnswerLossTrainer
+from training.trainer import AnswerLossTrainer, SeededOrder
 
 IGNORED = -100
 
@@ -71,3 +71,30 @@ def test_only_positions_with_a_label_are_scored(model: Any) -> None:
 def test_a_batch_without_labels_costs_nothing(model: Any) -> None:
     inputs = batch() | {"labels": torch.full((3, 12), IGNORED)}
     assert ours(model, inputs).item() == 0.0
+
+
+def test_the_order_of_rows_follows_seed_and_epoch_and_nothing_else() -> None:
+    from transformers.trainer_pt_utils import LengthGroupedSampler
+
+    def order(seed: int, epoch: int, disturbance: int) -> list[int]:
+        torch.manual_seed(disturbance)
+        sampler = SeededOrder(LengthGroupedSampler(2, lengths=[row % 7 + 1 for row in range(40)]), seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    first = order(1, 0, 5)
+    assert sorted(first) == list(range(40))
+    assert order(1, 0, 6) == first
+    assert order(1, 1, 5) != first and order(2, 0, 5) != first
+
+
+def test_packed_rows_do_not_see_each_other(model: Any) -> None:
+    """Two rows in one sequence cost what they cost in a batch of two."""
+    inputs = batch()
+    ids, labels = inputs["input_ids"][:2], inputs["labels"][:2]
+    apart = ours(model, {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)})
+    positions = torch.arange(12).repeat(2)[None]
+    packed = {"input_ids": ids.reshape(1, 24), "labels": labels.reshape(1, 24), "position_ids": positions}
+    torch.testing.assert_close(ours(model, packed), apart)
+    mixed = ours(model, packed | {"position_ids": torch.arange(24)[None]})
+    assert (mixed - apart).abs().detach().item() > 1e-4, "without the positions they would"
