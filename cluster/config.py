@@ -360,8 +360,8 @@ class TrainingConfig(Section):
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     checkpoint_steps: int = Field(50, ge=1)
     """Optimizer steps between checkpoints."""
-    max_failures: int = Field(1, ge=0)
-    """Times a lost worker group is restarted from the last checkpoint."""
+    max_failures: int = Field(3, ge=0)
+    """Times a lost worker group is restarted from the last checkpoint; what would fail again is not tried again."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ()
     """Where metrics also go; each needs its own package, and takes its settings from the environment of the workers."""
     seed: int = 17

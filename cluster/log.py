@@ -73,6 +73,8 @@ def setup(config: LoggingConfig) -> None:
     logging.getLogger("DeepSpeed").addFilter(_not_to_stdout)
     for name in LOUD:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    # That it would rather fetch a faster kernel from a hub is nothing a user can or should act on.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _not_to_stdout(record: logging.LogRecord) -> bool:

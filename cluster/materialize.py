@@ -66,6 +66,16 @@ def materialize(target: Path, make: Callable[[Path, Path], dict[str, Any]]) -> P
     return target
 
 
+def save_model(model: Any, out: Path) -> None:
+    """Write a transformers `model` to `out`, whatever this process's rank.
+
+    In a process group transformers lets rank 0 alone write, and everybody else returns in silence; but each node keeps a
+    copy of its own, and there its first process makes it.
+    """
+    model.should_save_on_this_rank = lambda _: True
+    model.save_pretrained(out)
+
+
 def is_complete(directory: Path) -> bool:
     """Whether `directory` was finished by :func:`materialize`."""
     return (directory / MARKER).is_file()

@@ -29,7 +29,7 @@ from typing import Any
 from cluster import tiny
 from cluster.config import BaseModelConfig, ModelConfig
 from cluster.errors import BadInput, ConfigError, NotFound, ResourcesShort, Unavailable
-from cluster.materialize import MARKER, check_space, is_complete, materialize
+from cluster.materialize import MARKER, check_space, is_complete, materialize, save_model
 from cluster.release import BaseRef
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
@@ -437,7 +437,7 @@ def dequantize(gguf: Path, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory, gguf_file=name)
     _split_digits(tokenizer, gguf)
     tokenizer.model_max_length = model.config.max_position_embeddings
-    model.save_pretrained(out)
+    save_model(model, out)
     tokenizer.save_pretrained(out)
 
 

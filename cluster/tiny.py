@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cluster.materialize import save_model
+
 KINDS = ("llama", "qwen2", "gpt_neox", "bert")
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -24,7 +26,7 @@ SEED = 17
 def make(kind: str, out: Path) -> None:
     """Write the model `kind` (of :data:`KINDS`) to the directory `out`."""
     tokenizer = _tokenizer("[CLS]", "[SEP]", "[PAD]") if kind == "bert" else _tokenizer(*SPECIAL)
-    _model(kind, len(tokenizer)).save_pretrained(out)
+    save_model(_model(kind, len(tokenizer)), out)
     if kind == "bert":
         _as_embedder(out)
     else:

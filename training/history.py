@@ -30,6 +30,11 @@ class History:
         self.clock = float("inf")
         """``seconds`` of the last training step as the workers count; a new group starts from 0 again."""
 
+    @property
+    def last_step(self) -> int:
+        """The last step that was trained; 0 before the first."""
+        return next((event["step"] for event in reversed(self.events) if "loss" in event), 0)
+
     def add(self, event: dict[str, Any]) -> None:
         """Take one event; its ``seconds`` then count over all worker groups of the run.
 

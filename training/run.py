@@ -89,6 +89,8 @@ def train(config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None
         history = History(storage, run)
 
         def on_any_event(event: dict[str, Any]) -> None:
+            if "loss" in event and event["step"] <= history.last_step:
+                tell(f"goes on from the checkpoint after step {event['step'] - 1}")
             history.add(event)
             record.progress(event)
             on_event(event)

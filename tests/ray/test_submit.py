@@ -21,7 +21,7 @@ from tests import trade
 
 TOKEN = secrets.token_hex(16)
 pytestmark = pytest.mark.timeout(600)
-ENDLESS = ("--set", "training.max_steps=100000", "--set", "data.heldout=[]")
+ENDLESS = ("--set", "training.max_steps=100000")
 AUTH = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
 
 

@@ -1,6 +1,8 @@
 """tiny: models, local directories, identities and GGUF. Sources with a network behind them: tests/contract."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,3 +222,27 @@ def test_a_gguf_file_becomes_a_plain_model(cache: Path, tmp_path: Path) -> None:
     assert tokenizer.model_max_length == 2048
     pieces = [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("in\n\n2024")]
     assert pieces == ["in", "ĊĊ", "2", "0", "2", "4"]
+
+
+AS_SECOND_RANK = """
+import sys, torch.distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
+torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+from cluster.config import ModelConfig
+from cluster.models import resolve
+print(resolve(ModelConfig(source="tiny:llama"), sys.argv[1]))
+"""
+
+
+def test_a_worker_of_any_rank_makes_a_whole_model(tmp_path: Path) -> None:
+    """The first worker of another node is not rank 0, and transformers lets only that one write."""
+    made = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AS_SECOND_RANK, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert made.returncode == 0, made.stderr
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.name for file in Path(made.stdout.splitlines()[-1]).iterdir()
+    }
