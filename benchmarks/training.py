@@ -1,6 +1,7 @@
 """Training against its peers: tokens a second, packing, workers, QLoRA, and how long it takes until the first step.
 
-``python -m benchmarks.training [--only ARM,…] [--set KEY=VALUE] [--quick] [--json FILE]``. Each arm and its peer take turns in one run,
+``python -m benchmarks.training [--only ARM,…] [--turns N] [--steps N] [--set KEY=VALUE] [--quick]
+[--json FILE]``. Each arm and its peer take turns in one run,
 each turn in processes of its own; Ray runs only during turns of ours. Arms:
 
 trl
@@ -542,6 +543,8 @@ def _child(command: list[str], variables: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one turn of a few steps")
+    parser.add_argument("--turns", type=int, help="runs of each side; 3 by default, 1 with --quick")
+    parser.add_argument("--steps", type=int, help="steps of an epoch; 10 by default, 2 with --quick")
     parser.add_argument("--only", help=f"arms to run, with commas: {','.join(ARMS)}")
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a setting of every run"
@@ -552,7 +555,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in ARMS]:
         parser.error(f"--only {unknown[0]}: no such arm; there are {', '.join(ARMS)}")
     steps, turns = (2, 1) if arguments.quick else (10, 3)
-    size = Size(steps, turns, tuple(arguments.set))
+    size = Size(arguments.steps or steps, arguments.turns or turns, tuple(arguments.set))
     figures: Figures = {"machine": machine(), "ratios": {}}
     print(f"machine: {json.dumps(figures['machine'])}")
     failed = False

@@ -109,6 +109,14 @@ def assert_falls(values: Sequence[float]) -> None:
     ("name", "overrides"),
     [
         ("lora-zero-3", ["training.deepspeed.zero_stage=3"]),
+        (
+            "lora-offload",
+            [
+                "training.deepspeed.zero_stage=3",
+                "training.deepspeed.offload.optimizer=cpu",
+                "training.deepspeed.offload.parameters=cpu",
+            ],
+        ),
         ("qlora-zero-2", ["training.method=qlora", "base.dtype=bfloat16"]),
         ("qlora-zero-3", ["training.method=qlora", "base.dtype=bfloat16", "training.deepspeed.zero_stage=3"]),
         ("rslora-bf16", ["training.lora.variant=rslora", "base.dtype=bfloat16", "training.scheduler=linear"]),
