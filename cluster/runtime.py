@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -20,6 +21,8 @@ from cluster.errors import Unavailable
 from cluster.resources import Amount
 
 NAMESPACE = "metier"
+LOCAL_STARTS = 2
+"""Tries to start a local Ray: on a busy machine its daemons do not always find each other in the time Ray gives them."""
 
 
 @contextlib.contextmanager
@@ -44,13 +47,7 @@ def connect(config: Config) -> Iterator[None]:
     options = {"num_cpus": config.ray.num_cpus, "include_dashboard": False} if local else {}
     try:
         with _one_start_at_a_time() if local else contextlib.nullcontext():
-            ray.init(
-                address=config.ray.address,
-                namespace=NAMESPACE,
-                log_to_driver=config.logging.level == "debug",
-                logging_level=logging.WARNING,
-                **options,
-            )
+            _init(config, options, tries=LOCAL_STARTS if local else 1)
     except AuthenticationError as error:
         raise _unauthorized(config, error) from error
     except Exception as error:  # Ray raises a bare Exception when its daemons do not come up
@@ -62,6 +59,28 @@ def connect(config: Config) -> Iterator[None]:
         try:
             yield
         finally:
+            ray.shutdown()
+
+
+def _init(config: Config, options: dict[str, Any], tries: int) -> None:
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    for left in reversed(range(tries)):
+        try:
+            ray.init(
+                address=config.ray.address,
+                namespace=NAMESPACE,
+                log_to_driver=config.logging.level == "debug",
+                logging_level=logging.WARNING,
+                **options,
+            )
+            return
+        except AuthenticationError:
+            raise
+        except Exception:
+            if not left:
+                raise
             ray.shutdown()
 
 
