@@ -16,7 +16,7 @@ from typing import Any
 from cluster.config import LoggingConfig
 
 STANDARD = set(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-LOUD = ("httpx", "httpcore", "urllib3", "filelock", "sentence_transformers", "fsspec", "botocore", "s3fs")
+LOUD = ("matplotlib", "httpx", "httpcore", "urllib3", "filelock", "sentence_transformers", "fsspec", "botocore", "s3fs")
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "HF_HUB_DISABLE_TELEMETRY": "1",
