@@ -34,6 +34,8 @@ from training.plot import loss_plot
 from training.prepare import Prepared, load, prepare
 from training.publish import Origin, Published, publish
 
+LOG_STEPS = 10
+"""Optimizer steps between those that stand in a run's log; ``metrics.jsonl`` has all of them."""
 PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX"), "mlflow": ("mlflow",), "wandb": ("wandb",)}
 """Tracker -> the packages any of which it needs."""
 Say = Callable[[str], None]
@@ -68,7 +70,8 @@ def train(config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None
         name: encode(part, tokenizer, config.training.max_tokens, config.training.too_long)
         for name, part in prepared.examples.items()
     }
-    for line in _summary(prepared, encodings):
+    summary = _summary(prepared, encodings)
+    for line in summary:
         say(line)
 
     recipe = recipe_digest(config, base, prepared)
@@ -82,6 +85,8 @@ def train(config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None
         outcome: Future[Any] = Future()
         record.on_cancel = partial(_end, record, outcome)
         tell = partial(_tell, say, record)
+        for line in summary:
+            record.log(line)
         paths = {}
         for name, part in prepared.examples.items():
             paths[name] = f"datasets/{examples.digest(part)}.jsonl"
@@ -93,6 +98,8 @@ def train(config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None
                 tell(f"goes on from the checkpoint after step {event['step'] - 1}")
             history.add(event)
             record.progress(event)
+            if "loss" not in event or event["step"] % LOG_STEPS == 0:
+                record.log(json.dumps(event))
             on_event(event)
 
         with runtime.connect(config):
