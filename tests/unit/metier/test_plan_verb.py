@@ -72,7 +72,7 @@ def test_the_configured_base_is_planned_by_default(
 def test_an_unknown_model_is_refused_with_the_names_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan(monkeypatch, "--model", "org/none", "--set", f"models_cache={tmp_path}") == 3
+    assert plan(monkeypatch, "--model", "llama-9", "--set", f"models_cache={tmp_path}") == 3
     said = capsys.readouterr().err
-    assert "'org/none' is no shape that metier knows" in said
+    assert "'llama-9' is no shape that metier knows" in said
     assert "llama-3.1-70b" in said

@@ -110,8 +110,8 @@ def test_find_reads_a_file_a_directory_and_a_tiny_model(tmp_path: Path) -> None:
 
 
 def test_what_is_no_model_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match=r"'org/model' is no shape that metier knows.*save its config\.json"):
-        find("org/model", tmp_path)
+    with pytest.raises(NotFound, match=r"'llama-9' is no shape that metier knows.*give the path of a config\.json"):
+        find("llama-9", tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(BadInput, match="it has no model_type"):
         find(str(tmp_path), tmp_path)
