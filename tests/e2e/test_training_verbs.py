@@ -124,8 +124,9 @@ def test_rows_are_checked_mended_and_trained_on(desk: trade.Desk, tmp_path: Path
     rows = tmp_path / "rows.jsonl"
     lines = [{"instruction": f"Say number {n}.", "output": f"number {n}"} for n in range(12)]
     rows.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[0], {"instruction": "?", "output": ""}]))
-    checked = desk.run("data", "check", str(rows))
-    assert checked.code == 2 and "rows.jsonl:14" in checked.out
+    checked = desk.run("data", "check", str(rows), "--json")
+    errors = [item for item in checked.json["report"]["findings"] if item["level"] == "error"]
+    assert checked.code == 2 and [item["place"] for item in errors] == [f"{rows}:14"]
     mended = tmp_path / "mended"
     desk.run("data", "check", str(rows), "--fix", str(mended))
     assert desk.run("data", "check", str(mended / "rows.jsonl")).code == 0

@@ -215,6 +215,7 @@ def test_a_loss_that_is_no_number_ends_the_run_at_once(room: Path) -> None:
     assert len(batch["rows"]) >= 2 and set(batch["rows"]) <= {talk.id for talk in talks(32)}
 
 
+@pytest.mark.timeout(600)  # two runs, one of which Ray Train takes a while to give up
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_resumed_run_has_the_losses_of_one_that_was_never_interrupted(room: Path, workers: int) -> None:
     """Weights, optimizer, schedule, order of rows over epochs and dropout: all of it goes on where it was."""
