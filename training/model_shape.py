@@ -1,7 +1,7 @@
 """The shape of a causal language model from its ``config.json`` alone: what memory depends on, and no weights.
 
 :func:`shape_of` builds the model on torch's meta device, so its parameters and linear layers are those of the real one.
-:func:`find` gets the ``config.json``: of a shape that comes with metier (``examples/model-shapes``), of a file or
+:func:`find` gets the ``config.json``: of a shape that comes with metier (``training/model_shapes``), of a file or
 directory, or of a model in the cache. Nothing here goes to a hub, and no code of a model is run.
 
 Not covered: models that need ``trust_remote_code``; encoders; vision towers of models that have some.
@@ -19,7 +19,7 @@ from typing import Any
 from cluster.config import ModelConfig
 from cluster.errors import BadInput, ConfigError, NotFound
 
-SHAPES = Path(__file__).parents[1] / "examples" / "model-shapes"
+SHAPES = Path(__file__).with_name("model_shapes")
 """One ``NAME.json`` a known shape."""
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
