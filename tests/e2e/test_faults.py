@@ -20,6 +20,8 @@ from tests import trade
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
 QUESTION = "What glass has the elm lamp?"
+STEPS = 160
+"""Of a run that is to be caught in the middle, by a test that looks on from outside."""
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def adapters(desk: trade.Desk, name: str) -> list[Any]:
 
 def training(desk: trade.Desk, log: Path, name: str) -> tuple[subprocess.Popen[str], tuple[str, ...]]:
     """A run of `name`, begun and past its second checkpoint; and the words that begin it."""
-    verb = ("train", "--set", f"training.adapter={name}", "--set", "training.max_steps=40")
+    verb = ("train", "--set", f"training.adapter={name}", "--set", f"training.max_steps={STEPS}")
     child = desk.start(*verb, log=log)
     runs = Path(trade.load(desk.config).storage.url, "runs")
 
@@ -72,7 +74,7 @@ def test_training_that_is_killed_publishes_nothing_and_goes_on_from_its_checkpoi
 
     resumed = desk.ok(*verb)
     assert first_step(resumed.err) > 2, resumed.err
-    assert "40 steps" in resumed.err
+    assert f"{STEPS} steps" in resumed.err
     assert [entry["version"] for entry in adapters(desk, "killed")] == [1]
     trade.assert_gone(members)
 
