@@ -46,6 +46,8 @@ class Prepared:
 
     examples: dict[str, list[Example]]
     """``train``, and where there are such rows ``validation`` and ``general``."""
+    digests: dict[str, str]
+    """Content hash of each, its version."""
     dataset: DatasetRef
     knowledge: KnowledgeRef | None
     """The knowledge version the rows were grounded on; None if none of them is grounded."""
@@ -108,9 +110,11 @@ def prepare(config: Config, registry: Registry, rows: Rows, tokenizer: Tokenizer
     of_documents = [index.groups[name] for name in documents if name in index.groups] if index else []
     of_rows = [row.groups or config.knowledge.groups for row in rows.train]
     groups = shared_groups([*of_documents, *of_rows])
+    digests = {name: digest(part) for name, part in examples.items()}
     return Prepared(
         examples,
-        DatasetRef(digest=digest(train), rows=len(train), documents=documents, groups=groups),
+        digests,
+        DatasetRef(digest=digests["train"], rows=len(train), documents=documents, groups=groups),
         KnowledgeRef(name=config.knowledge.name, version=index.version) if index else None,
         groups,
     )

@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster import runtime
 from cluster.config import Config
-from cluster.errors import ConfigError, MetierError
+from cluster.errors import ConfigError
 from cluster.models import base_ref, load_tokenizer, resolve
 from cluster.registry import Registry
 from cluster.release import BaseRef
@@ -83,13 +83,13 @@ def train(config: Config, *, say: Say, on_event: Callable[[dict[str, Any]], None
     facts = runs.facts_of(config, recipe=recipe, base=base, dataset=prepared.dataset.digest)
     with runs.claim(storage, run, facts) as record:
         outcome: Future[Any] = Future()
-        record.on_cancel = partial(_end, record, outcome)
+        record.on_cancel = lambda: settle(outcome, record.end())
         tell = partial(_tell, say, record)
         for line in summary:
             record.log(line)
         paths = {}
         for name, part in prepared.examples.items():
-            paths[name] = f"datasets/{examples.digest(part)}.jsonl"
+            paths[name] = f"datasets/{prepared.digests[name]}.jsonl"
             examples.write(storage, paths[name], part)
         history = History(storage, run)
 
@@ -171,7 +171,7 @@ def recipe_digest(config: Config, base: BaseRef, prepared: Prepared) -> str:
     """Hash of everything that decides the weights that come out."""
     recipe = {
         "base": base.model_dump(mode="json"),
-        "datasets": {name: examples.digest(part) for name, part in prepared.examples.items() if name != "general"},
+        "datasets": {name: digest for name, digest in prepared.digests.items() if name != "general"},
         "training": config.training.model_dump(mode="json", exclude=NOT_IN_RECIPE),
     }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
@@ -198,11 +198,3 @@ def _summary(prepared: Prepared, encodings: dict[str, Encoding]) -> list[str]:
 def _tell(say: Say, record: runs.Run, line: str) -> None:
     record.log(line)
     say(line)
-
-
-def _end(record: runs.Run, outcome: Future[Any]) -> None:
-    """End a run whose record says that it must stop."""
-    try:
-        record.check_cancelled()
-    except MetierError as reason:
-        settle(outcome, reason)

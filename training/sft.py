@@ -90,14 +90,13 @@ def _train(config: Config, spec: dict[str, Any]) -> None:
             workers=workers,
             universal=universal,
         )
+        packed = training.packing and not training.on_gpu
         report = Report(spec["events"], encodings["train"].tokens, began, config)
         keep_best = KeepBest(training.early_stopping, scratch)
         trainer = (Trainer if training.on_gpu else CpuTrainer)(
             model=base.load(config, directory),
             args=args,
-            train_dataset=_packed(encodings["train"], training.max_tokens)
-            if training.packing and not training.on_gpu
-            else _dataset(encodings["train"]),
+            train_dataset=_packed(encodings["train"], training.max_tokens) if packed else _dataset(encodings["train"]),
             eval_dataset=watched or None,
             processing_class=tokenizer,
             callbacks=[report, *([keep_best] if "validation" in watched else [])],
@@ -106,16 +105,16 @@ def _train(config: Config, spec: dict[str, Any]) -> None:
             ),
         )
         keep_best.trainer = trainer
-        if training.packing and not training.on_gpu:
+        if packed:
             trainer.data_collator.return_position_ids = True
         if resumed is not None and (best := resumed / BEST).is_dir() and rank == 0:
             shutil.copytree(best, Path(scratch, BEST))
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
         final = Path(scratch, "final")
-        if keep_best.is_behind(trainer.state):
-            Path(scratch, BEST).rename(final) if rank == 0 else None
-        else:
+        if not keep_best.is_behind(trainer.state):
             trainer.save_model(str(final))
+        elif rank == 0:
+            Path(scratch, BEST).rename(final)
         ray.train.report(
             {"step": trainer.state.global_step}, checkpoint=Checkpoint.from_directory(final) if rank == 0 else None
         )
