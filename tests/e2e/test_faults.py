@@ -18,24 +18,10 @@ import pytest
 
 from tests import trade
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(600), pytest.mark.usefixtures("nothing_left")]
 QUESTION = "What glass has the elm lamp?"
 STEPS = 160
 """Of a run that is to be caught in the middle, by a test that looks on from outside."""
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trade.Desk]:
-    """A terminal over the indexed trade; each test takes names of its own in the registry."""
-    with trade.desk(trade.write_config(tmp_path_factory.mktemp("trade"))) as made:
-        made.ok("index")
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(desk: trade.Desk) -> Iterator[None]:
-    yield
-    desk.assert_nothing_left()
 
 
 def adapters(desk: trade.Desk, name: str) -> list[Any]:

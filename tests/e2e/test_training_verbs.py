@@ -6,7 +6,6 @@ Killed drivers and workers are in ``test_faults.py`` and ``tests/ray``; lost nod
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,8 @@ import pytest
 
 from tests import trade
 
-pytestmark = [pytest.mark.fault, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.fault, pytest.mark.timeout(600), pytest.mark.usefixtures("nothing_left")]
 ENDLESS = ("--set", "training.max_steps=100000")
-
-
-@pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[trade.Desk]:
-    """A terminal over the indexed trade; each test takes names of its own in the registry."""
-    with trade.desk(trade.write_config(tmp_path_factory.mktemp("trade"))) as made:
-        made.ok("index")
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def nothing_left(desk: trade.Desk) -> Iterator[None]:
-    yield
-    desk.assert_nothing_left()
 
 
 def sets(**settings: Any) -> tuple[str, ...]:
