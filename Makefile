@@ -44,7 +44,7 @@ docs: $(VENV)/.installed  ## Generate docs/configuration.md from the schema
 	@$(BIN)/metier config schema --markdown > docs/configuration.md
 
 lock:  ## Resolve pyproject.toml anew into the two lock files
-	@$(PYTHON) -m venv --clear .lock && .lock/bin/python -m pip install -qq -e ".[train,serve,s3]" \
+	@$(PYTHON) -m venv --clear .lock && .lock/bin/python -m pip install -qq -e ".[train,serve,evaluation,s3]" \
 	 && .lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock \
 	 && .lock/bin/python -m pip install -qq -e ".[dev]" -c requirements.lock \
 	 && .lock/bin/python -m pip freeze --exclude-editable --all --exclude pip | sed 's/+cpu$$//' > requirements-dev.lock; rm -rf .lock

@@ -44,6 +44,7 @@ class LocalPath:
 
 
 LocalPathStr = Annotated[str, LocalPath()]
+"""A path, or a URL (``s3://…``) or hub source where the field says so; those are left as they are."""
 HUB = "hub:"
 """How a data source on a hub begins; everything else is a local path."""
 
@@ -84,6 +85,16 @@ class ModelConfig(Section):
             raise ValueError("revision only goes with a hub source; remove it")
         return self
 
+    @property
+    def served_name(self) -> str:
+        """What clients call it; it holds no ``:``, which separates base and adapter."""
+        source = self.source.removeprefix("hub:")
+        if source.startswith("pypi:"):
+            return source.removeprefix("pypi:").split("==")[0]
+        if source.startswith((".", "/", "~")):
+            return PurePath(source).name
+        return source.replace(":", "-")
+
 
 class BaseModelConfig(ModelConfig):
     """The language model that every adapter and answer stands on."""
@@ -99,15 +110,8 @@ class BaseModelConfig(ModelConfig):
 
     @property
     def served_name(self) -> str:
-        """The model id of the bare base; it holds no ``:``, which separates base and adapter."""
-        if self.name:
-            return self.name
-        source = self.source.removeprefix("hub:")
-        if source.startswith("pypi:"):
-            return source.removeprefix("pypi:").split("==")[0]
-        if source.startswith((".", "/", "~")):
-            return PurePath(source).name
-        return source.replace(":", "-")
+        """The model id of the bare base."""
+        return self.name or super().served_name
 
 
 class EmbedderConfig(ModelConfig):
@@ -118,7 +122,65 @@ class EmbedderConfig(ModelConfig):
     max_tokens: int = Field(256, ge=8)
     """Longest input of the embedder; longer text is cut."""
     batch_tokens: int = Field(8192, ge=64)
-    """Padded tokens embedded at once."""
+    """Padded tokens embedded at once; on a CPU at most 1,024."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of documents; `auto` embeds them in bfloat16 on GPUs and on CPUs with bfloat16 instructions, `bfloat16` also holds the weights so. Questions are float32 but with `bfloat16`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where it runs; `auto` takes a GPU if there is one."""
+    cached_queries: int = Field(4096, ge=0)
+    """Query vectors that a process keeps, least recently used first out; 0 keeps none."""
+    query_wait_ms: float = Field(0.0, ge=0)
+    """How long a query waits for others to be embedded with it. Those that come while another batch is embedded share the next one in any case."""
+
+
+class RerankerConfig(ModelConfig):
+    """A cross-encoder that reads question and passage together and orders the best candidates anew."""
+
+    max_tokens: int = Field(512, ge=8)
+    """Longest pair of question and passage; longer passages are cut."""
+    batch_tokens: int = Field(8192, ge=64)
+    """Padded tokens scored at once."""
+
+
+IndexType = Literal[
+    "AUTOINDEX",
+    "FLAT",
+    "HNSW",
+    "HNSW_SQ",
+    "IVF_FLAT",
+    "IVF_SQ8",
+    "IVF_PQ",
+    "SCANN",
+    "DISKANN",
+    "GPU_CAGRA",
+    "GPU_IVF_FLAT",
+    "GPU_IVF_PQ",
+    "GPU_BRUTE_FORCE",
+]
+
+
+class IndexConfig(Section):
+    """The vector index of a collection. A change of it is a new collection: `metier knowledge reindex`."""
+
+    type: IndexType = "HNSW"
+    """Milvus index type; the server must offer it (the embedded one has HNSW, HNSW_SQ, IVF_FLAT, IVF_SQ8, FLAT and AUTOINDEX)."""
+    build: dict[str, int | float | str] = {}
+    """Parameters of building it, as Milvus names them, for example `{M: 32}`; must fit the type. What is left out has a default by type (HNSW: M 16, efConstruction 200)."""
+    search: dict[str, int | float | str] = {}
+    """Parameters of searching it, for example `{ef: 128}` or `{nprobe: 32}`; the server's own defaults without."""
+
+
+class Bm25Config(Section):
+    """Word search. k1 and b as in Anserini, which suit passages better than the 1.2 and 0.75 of Lucene."""
+
+    k1: float = Field(0.9, gt=0)
+    """How fast repeats of a word stop counting."""
+    b: float = Field(0.4, ge=0, le=1)
+    """How much long passages are held back."""
+    analyzer: Literal["standard", "english", "chinese"] = "standard"
+    """How text becomes words: `standard` (any language with spaces), `english` (stems; needs a real Milvus), `chinese` (jieba; embedded, the package `jieba` must be installed)."""
+    fold_diacritics: bool = True
+    """Also find words that are typed without their diacritics (`tram` for `trạm`), as Vietnamese often is."""
 
 
 class StoreConfig(Section):
@@ -132,6 +194,16 @@ class StoreConfig(Section):
     """`user:password` or API key of the server; set the environment variable METIER_MILVUS_TOKEN, not the file."""
     timeout_s: float = Field(10.0, gt=0)
     """Seconds before a call to Milvus is given up."""
+    retry_s: float = Field(20.0, ge=0)
+    """Seconds for which a call that Milvus does not answer is tried again, with growing pauses; searches for answers try for at most a tenth of it."""
+    index: IndexConfig = IndexConfig()
+    bm25: Bm25Config = Bm25Config()
+    consistency: Literal["Strong", "Bounded", "Session", "Eventually"] = "Strong"
+    """Milvus consistency level of searches. Below `Strong`, what was forgotten or lost its rights may be found for a moment."""
+    partitions: int = Field(16, ge=1, le=1024)
+    """Partitions that tenants are spread over (partition key)."""
+    replicas: int = Field(1, ge=1)
+    """In-memory replicas of a collection on the query nodes; more than 1 needs a real Milvus."""
 
     @field_serializer("token", when_used="json")
     def _token(self, token: SecretStr | None, info: SerializationInfo) -> str | None:
@@ -143,9 +215,27 @@ class KnowledgeConfig(Section):
     """The documents and how they are cut; together with the embedder they make a collection."""
 
     name: Slug = "default"
-    """Name of the collection; its versions are numbers."""
+    """Name of the knowledge; its versions are numbers."""
     documents: LocalPathStr | None = None
-    """Directory of documents (`.md`, `.txt`), read recursively."""
+    """Directory (or `s3://bucket/prefix`, with `storage.options`) of documents, read recursively: Markdown, text, HTML, PDF, DOCX, JSONL, CSV, Parquet."""
+    include: tuple[str, ...] = ()
+    """Only files whose relative path fits one of these patterns, for example `handbook/*.pdf`; all by default."""
+    exclude: tuple[str, ...] = ()
+    """Files whose relative path fits one of these patterns are left out."""
+    document_ids: Literal["name", "path"] = "name"
+    """What a document is called: its file `name` without ending, or its relative `path`, for trees in which names repeat."""
+    columns: dict[str, Literal["text", "title", "id", "source", "groups"]] = {}
+    """For JSONL, CSV and Parquet: names of columns and what they mean here (`text`, `title`, `id`, `source`, `groups`), for example `{body: text}`; the other columns become attributes."""
+    max_file_mb: float = Field(100.0, gt=0)
+    """Larger files are reported and skipped."""
+    boilerplate: bool = True
+    """Leave out navigation, repeated page headers and footers, and the like."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """What happens to a document that says the same as another one (up to `duplicate_similarity`)."""
+    duplicate_similarity: float = Field(0.95, gt=0.5, le=1)
+    """Share of common text from which two documents count as the same; 1 is exact copies only."""
+    keep_versions: int = Field(20, ge=1)
+    """Versions whose removed chunks `metier knowledge compact` keeps, newest first; pinned ones are kept in any case."""
     chunk_tokens: int = Field(96, ge=16)
     """Target size of a chunk, in tokens of the embedder, headings not counted."""
     overlap_tokens: int = Field(0, ge=0)
@@ -153,7 +243,7 @@ class KnowledgeConfig(Section):
     tenant: str = Field("default", pattern=SLUG)
     """Tenant that owns the documents; the partition key of the collection."""
     groups: tuple[Slug, ...] = ("everyone",)
-    """Groups that may read the documents."""
+    """Groups that may read the documents that name none themselves."""
 
     @model_validator(mode="after")
     def _check_overlap(self) -> Self:
@@ -168,11 +258,23 @@ class RetrievalConfig(Section):
     """How passages are found for a question. Part of a release."""
 
     mode: Literal["dense", "bm25", "hybrid"] = "hybrid"
-    """`dense` (vectors), `bm25` (words), or both fused by reciprocal rank."""
+    """`dense` (vectors), `bm25` (words), or both fused."""
+    fusion: Literal["auto", "rrf", "weighted"] = "auto"
+    """How `hybrid` joins its sides: `auto` trusts each as much as it proved itself on this collection, `rrf` goes by rank alone, `weighted` by `dense_weight`."""
+    dense_weight: float = Field(0.5, ge=0, le=1)
+    """Share of the dense side with `fusion: weighted`; the words have the rest."""
     top_k: int = Field(3, ge=1, le=50)
     """Passages given to the generator."""
     candidates: int = Field(20, ge=1, le=1000)
     """Rows asked of each side before fusion."""
+    rerank: int = Field(0, ge=0, le=200)
+    """Best candidates that the `reranker` orders anew (at least `top_k`); 0 leaves it out."""
+    diversity: float = Field(0.0, ge=0, le=1)
+    """How much a passage that repeats a better one is held back (maximal marginal relevance, 1 - lambda); 0 leaves the order as it is."""
+    neighbours: int = Field(0, ge=0, le=5)
+    """Chunks before and after each passage in its document that are joined to it; passages that meet become one, so there may be fewer than `top_k`."""
+    rewrite: Literal["rule", "generator"] = "rule"
+    """How a follow-up becomes a query: by `rule` (earlier turns are put before it), or also written out by the `generator`."""
     min_score: float = Field(0.3, ge=-1, le=1)
     """Cosine similarity the best dense candidate must reach; below it the answer declines. Not used by `bm25`, which has no such scale."""
 
@@ -181,6 +283,19 @@ class RetrievalConfig(Section):
         if self.candidates < self.top_k:
             raise ValueError(f"candidates ({self.candidates}) must be at least top_k ({self.top_k})")
         return self
+
+
+class IngestionConfig(Section):
+    """How `metier index` runs; not what it makes."""
+
+    workers: int = Field(0, ge=0)
+    """Embedding processes of a distributed run (Ray Data); 0 runs everything in this process."""
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs reserved for each; also its compute threads."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    """GPUs reserved for each."""
+    interval_s: float = Field(5.0, gt=0)
+    """With `--watch`: seconds between looks at a source that cannot tell of changes itself (object stores)."""
 
 
 class PromptConfig(Section):
@@ -502,8 +617,11 @@ class Config(Section):
     """Where models are kept on each node; shared by all configurations."""
     base: BaseModelConfig = BaseModelConfig()
     embedder: EmbedderConfig = EmbedderConfig()
+    reranker: RerankerConfig | None = None
+    """The cross-encoder that `retrieval.rerank` uses; none by default."""
     store: StoreConfig = StoreConfig()
     knowledge: KnowledgeConfig = KnowledgeConfig()
+    ingestion: IngestionConfig = IngestionConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     prompt: PromptConfig = PromptConfig()
     data: DataConfig = DataConfig()
@@ -518,6 +636,10 @@ class Config(Section):
         if self.knowledge.chunk_tokens > self.embedder.max_tokens:
             raise ValueError(
                 f"knowledge.chunk_tokens ({self.knowledge.chunk_tokens}) is longer than embedder.max_tokens ({self.embedder.max_tokens}); the end of each chunk would not be searchable"
+            )
+        if self.retrieval.rerank and self.reranker is None:
+            raise ValueError(
+                "retrieval.rerank needs a model; set reranker.source to a cross-encoder, or retrieval.rerank=0"
             )
         if self.training.max_tokens > self.base.context_tokens:
             raise ValueError(
@@ -700,4 +822,4 @@ def _is_local_path(annotation: Any, metadata: Sequence[Any] = ()) -> bool:
 
 
 def _abspath(path: str) -> str:
-    return path if path.startswith(HUB) else str(Path(path).expanduser().resolve())
+    return path if path.startswith(HUB) or "://" in path else str(Path(path).expanduser().resolve())

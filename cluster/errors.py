@@ -52,6 +52,13 @@ class ContextTooLong(BadInput):
     code = "context_length_exceeded"
 
 
+class TooLarge(BadInput):
+    """A file is larger than the configuration allows."""
+
+    http_status = 413
+    code = "file_too_large"
+
+
 class NotFound(MetierError):
     """A model, adapter, release, collection or file that is not there."""
 

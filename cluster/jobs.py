@@ -36,6 +36,8 @@ CONNECT_S = 10.0
 POLL_S = 1.0
 PATIENCE_S = 15.0
 """A job server that is silent while a job is followed may be restarting; after so long it is given up."""
+NO_AGENT = "No available agent"
+"""How a job server says that it cannot take jobs yet."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,21 @@ def submit(config: Config, address: str, verb: Sequence[str]) -> str:
     client = _connect(address)
     with tempfile.TemporaryDirectory(prefix="metier-job-") as directory:
         Path(directory, CONFIG_FILE).write_text(yaml.safe_dump(_for_cluster(config), allow_unicode=True))
-        with _asking(address):
-            job = client.submit_job(
-                submission_id=f"metier-{verb[0]}-{secrets.token_hex(4)}",
-                entrypoint=shlex.join(["metier", *verb, "--config", CONFIG_FILE, "--set", "ray.address=auto"]),
-                runtime_env={**config.ray.runtime_env, "working_dir": directory},
-                metadata={"metier": verb[0], "adapter": config.training.adapter, "address": address},
-            )
-    return str(job)
+        started, name = time.monotonic(), f"metier-{verb[0]}-{secrets.token_hex(4)}"
+        while True:
+            try:
+                with _asking(address):
+                    job = client.submit_job(
+                        submission_id=name,
+                        entrypoint=shlex.join(["metier", *verb, "--config", CONFIG_FILE, "--set", "ray.address=auto"]),
+                        runtime_env={**config.ray.runtime_env, "working_dir": directory},
+                        metadata={"metier": verb[0], "adapter": config.training.adapter, "address": address},
+                    )
+                return str(job)
+            except Unavailable as error:  # a young or busy cluster: its dashboard is up before its agents are
+                if NO_AGENT not in error.message or time.monotonic() - started > PATIENCE_S:
+                    raise
+            time.sleep(POLL_S)
 
 
 def follow(address: str, job: str, on_log: Callable[[str], None]) -> str:

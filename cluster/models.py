@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,10 @@ from cluster.config import BaseModelConfig, ModelConfig
 from cluster.errors import BadInput, ConfigError, NotFound, ResourcesShort, Unavailable
 from cluster.materialize import MARKER, check_space, is_complete, materialize, save_model
 from cluster.release import BaseRef
+
+LOADING = threading.RLock()
+"""Hold it while transformers makes a model: it patches its own classes meanwhile, and two threads that do so at once
+leave them patched (heads are then not tied to embeddings any more, in this process)."""
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
 UNWANTED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "original/*", "onnx/*", "openvino/*", "consolidated*")

@@ -23,15 +23,18 @@ import re
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from cluster.adapter_files import PEFT_FILES, check_adapter_files, tensors
+from cluster.claim import Claim, claim
 from cluster.config import SLUG
-from cluster.errors import BadInput, Mismatch, ModelNotFound
+from cluster.errors import BadInput, Mismatch, ModelNotFound, NotFound
+from cluster.knowledge import Build, Forgotten, KnowledgeVersion, compacted, forgotten, kept, pins
 from cluster.materialize import is_complete, materialize
 from cluster.models import is_model_file, model_files
 from cluster.release import AdapterCard, ModelCard, Release, canonical_json, digest, short
@@ -361,20 +364,181 @@ class Registry:
     # -- knowledge
 
     def knowledge_append(self, name: str, entry: dict[str, Any]) -> int:
-        """Record `entry` as the next version of the knowledge base `name`; returns that version, from 1."""
+        """Record the next version of `name`: the fields of :class:`KnowledgeVersion` but its number and when it was made.
+
+        ``reads`` may be left out by a version that shows its own rows. Returns the number, from 1.
+        """
         return self._knowledge(name).append(entry)
 
-    def knowledge_head(self, name: str) -> int:
-        """The newest version of the knowledge base `name`; 0 if there is none."""
-        return self._knowledge(name).head()
+    def knowledge_next(self, name: str) -> int:
+        """The number that the next version of `name` will have."""
+        return self._knowledge(name).head() + 1
 
-    def knowledge_entries(self, name: str) -> list[dict[str, Any]]:
-        """What was recorded, oldest first, each with its ``version`` and when it was ``created``."""
-        return [{"version": e.number, "created": e.created, **e.data} for e in self._knowledge(name).entries()]
+    def knowledge_head(self, name: str) -> int:
+        """The newest version of the knowledge base `name`; 0 if there is none, or it was dropped."""
+        head = self.knowledge_latest(name)
+        return head.number if head else 0
+
+    def knowledge_latest(self, name: str) -> KnowledgeVersion | None:
+        """The newest version, if there is one and the knowledge was not dropped."""
+        log = self._knowledge(name)
+        number = log.head()
+        latest = _knowledge_version(log.entry(number)) if number else None
+        return None if latest is None or latest.kind == "drop" else latest
+
+    def knowledge_version(self, name: str, number: int | Literal["head"] = "head") -> KnowledgeVersion:
+        """One version of `name`.
+
+        Raises:
+            NotFound: there is none of that number, or its rows were removed by a compaction.
+        """
+        versions = {version.number: version for version in self.knowledge_versions(name)}
+        wanted = max(versions, default=0) if number == "head" else number
+        if wanted in versions:
+            return versions[wanted]
+        if wanted in self._compacted(name):
+            raise NotFound(
+                f"version {wanted} of knowledge '{name}' was compacted: its rows are gone; `metier knowledge versions "
+                f"{name}` lists what is kept, and `metier knowledge pin` keeps a version",
+                param="knowledge.version",
+            )
+        raise NotFound(
+            f"knowledge '{name}' has no version {number}; `metier knowledge versions {name}` lists them"
+            if versions
+            else f"knowledge '{name}' is empty or not there; run `metier index`",
+            param="knowledge.name",
+        )
+
+    def knowledge_versions(self, name: str) -> list[KnowledgeVersion]:
+        """The versions since `name` was last dropped that have their rows, oldest first."""
+        gone = self._compacted(name)
+        return [version for version in self.knowledge_history(name) if version.number not in gone]
+
+    def knowledge_history(self, name: str) -> list[KnowledgeVersion]:
+        """The versions since `name` was last dropped, oldest first, with those that were compacted."""
+        versions: list[KnowledgeVersion] = []
+        for version in map(_knowledge_version, self._knowledge(name).entries()):
+            versions = [] if version.kind == "drop" else [*versions, version]
+        return versions
+
+    def knowledge_collections(self, name: str) -> list[str]:
+        """Every collection that a version of `name` was ever in, or that was begun for one; they need not be there."""
+        entries = [*self._knowledge(name).entries(), *self._beside("builds", name).entries()]
+        return list(dict.fromkeys(entry.data["collection"] for entry in entries))
+
+    def knowledge_names(self) -> list[str]:
+        """Every knowledge that has a version."""
+        return [name for name in self.storage.list("knowledge") if self.knowledge_head(name)]
+
+    def knowledge_claim(self, name: str, doing: str) -> AbstractContextManager[Claim]:
+        """Be the one writer of `name` for the length of a ``with``.
+
+        Args:
+            doing: for those who are refused meanwhile, for example ``metier index``.
+
+        Raises:
+            Mismatch: a living process writes it; the sentence names it.
+        """
+        _check_slug(name, "knowledge base")
+        return claim(self.storage, f"knowledge-writers/{name}", f"knowledge '{name}'", doing)
+
+    def knowledge_build_claim(self, name: str, doing: str) -> AbstractContextManager[Claim]:
+        """Be the one who fills or abandons a collection beside the one that serves; others may write meanwhile."""
+        _check_slug(name, "knowledge base")
+        return claim(self.storage, f"knowledge-builders/{name}", f"the next collection of knowledge '{name}'", doing)
+
+    def knowledge_pin(self, name: str, number: int, label: str = "") -> KnowledgeVersion:
+        """Keep version `number` of `name` through every compaction; a second time changes its label."""
+        version = self.knowledge_version(name, number)
+        if self.knowledge_pins(name).get(number) != label:
+            self._beside("pins", name).append({"action": "pin", "version": number, "label": label})
+        return version
+
+    def knowledge_unpin(self, name: str, number: int) -> None:
+        """Let version `number` go with the others.
+
+        Raises:
+            NotFound: it is not pinned.
+        """
+        if number not in self.knowledge_pins(name):
+            raise NotFound(f"version {number} of knowledge '{name}' is not pinned", param="version")
+        self._beside("pins", name).append({"action": "unpin", "version": number})
+
+    def knowledge_pins(self, name: str) -> dict[int, str]:
+        """Pinned versions of `name` and their labels."""
+        return pins(entry.data for entry in self._beside("pins", name).entries())
+
+    def knowledge_releases(self, name: str) -> dict[int | Literal["head"], list[str]]:
+        """Version of `name`, or ``head``, and the releases that name it."""
+        found: dict[int | Literal["head"], list[str]] = {}
+        for release in self.releases():
+            if (ref := release.release.knowledge) is not None and ref.name == name:
+                found.setdefault(ref.version, []).append(release.ref)
+        return found
+
+    def knowledge_kept(self, name: str, keep: int) -> dict[int, str]:
+        """The versions of `name` that a compaction to the newest `keep` leaves, and why each stays."""
+        named = self.knowledge_releases(name)
+        released = {number: refs for number, refs in named.items() if number != "head"}
+        return kept(self.knowledge_versions(name), keep=keep, pinned=self.knowledge_pins(name), released=released)
+
+    def knowledge_compacted(self, name: str, gone: Iterable[int]) -> None:
+        """Record that versions can no longer be searched; done before their rows are removed."""
+        self._beside("compactions", name).append({"gone": sorted(gone)})
+
+    def _compacted(self, name: str) -> set[int]:
+        return compacted(entry.data for entry in self._beside("compactions", name).entries())
+
+    def knowledge_build(self, name: str) -> Build | None:
+        """The collection that is being filled beside the one that serves, if there is one."""
+        log = self._beside("builds", name)
+        last = log.entry(number) if (number := log.head()) else None
+        if last is None or last.data["action"] == "end":
+            return None
+        fields = {key: value for key, value in last.data.items() if key != "action"}
+        return _load(Build, fields | {"began": last.created}, f"a build of knowledge '{name}'")
+
+    def knowledge_build_begin(self, name: str, fields: dict[str, Any]) -> Build:
+        """Record that a collection is being filled: the fields of :class:`Build` but when it began."""
+        self._beside("builds", name).append({"action": "begin", **fields})
+        build = self.knowledge_build(name)
+        assert build is not None
+        return build
+
+    def knowledge_build_end(self, name: str, collection: str, outcome: Literal["moved", "aborted"]) -> None:
+        """Record that `collection` is no longer being filled."""
+        self._beside("builds", name).append({"action": "end", "collection": collection, "outcome": outcome})
+
+    def knowledge_forget(self, name: str, doc_id: str, tenant: str | None) -> None:
+        """Keep a document from coming back with the next ingest.
+
+        Args:
+            tenant: whose; None: of every tenant.
+        """
+        self._beside("forgotten", name).append({"action": "forget", "doc_id": doc_id, "tenant": tenant})
+
+    def knowledge_unforget(self, name: str, doc_id: str, tenant: str | None) -> None:
+        """Let a document come back with the next ingest.
+
+        Raises:
+            NotFound: it was not forgotten.
+        """
+        if not any(f.doc_id == doc_id and tenant in (None, f.tenant) for f in self.knowledge_forgotten(name)):
+            of = f" of tenant {tenant}" if tenant else ""
+            raise NotFound(f"document '{doc_id}'{of} of knowledge '{name}' was not forgotten", param="doc_id")
+        self._beside("forgotten", name).append({"action": "undo", "doc_id": doc_id, "tenant": tenant})
+
+    def knowledge_forgotten(self, name: str) -> list[Forgotten]:
+        """The documents of `name` that do not come back."""
+        return forgotten(entry.data | {"at": entry.created} for entry in self._beside("forgotten", name).entries())
 
     def _knowledge(self, name: str) -> Log:
         _check_slug(name, "knowledge base")
         return self.log(f"knowledge/{name}")
+
+    def _beside(self, what: Literal["pins", "compactions", "builds", "forgotten"], name: str) -> Log:
+        _check_slug(name, "knowledge base")
+        return self.log(f"knowledge-{what}/{name}")
 
     # -- objects
 
@@ -425,6 +589,11 @@ class Registry:
             known = self.storage.list(kind)
             raise ModelNotFound(f"there is no {noun} '{name}' in {self.storage.url}; {_hint(name, known)}")
         return entries
+
+
+def _knowledge_version(entry: Entry) -> KnowledgeVersion:
+    data = {"reads": entry.number, **entry.data, "number": entry.number, "created": entry.created}
+    return _load(KnowledgeVersion, data, f"version {entry.number} of a knowledge")
 
 
 def _select(ref: str, selector: str | None, entries: list[Entry], aliases: Iterable[str] = ()) -> Entry:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from cluster.config import PromptConfig, RetrievalConfig, Section
+from cluster.config import Config, PromptConfig, RetrievalConfig, Section
 from cluster.errors import Mismatch
 
 PROMPT_FORMAT = 1
@@ -54,6 +54,20 @@ class EmbedderRef(Section):
 
     source: str
     revision: str | None = None
+
+
+class RerankerRef(Section):
+    """The cross-encoder that passages are ordered by."""
+
+    source: str
+    revision: str | None = None
+
+
+def reranker_ref(config: Config) -> RerankerRef | None:
+    """The reranker that answers depend on; None where retrieval does not rerank."""
+    if config.reranker is None or not config.retrieval.rerank:
+        return None
+    return RerankerRef(source=config.reranker.source, revision=config.reranker.revision)
 
 
 class DatasetRef(Section):
@@ -130,7 +144,8 @@ class Release(Section):
     adapter: AdapterRef | None = None
     knowledge: KnowledgeRef | None = None
     embedder: EmbedderRef
-    reranker: None = None
+    reranker: RerankerRef | None = None
+    """None where retrieval does not rerank."""
     prompt: PromptConfig
     retrieval: RetrievalConfig
 

@@ -66,11 +66,17 @@ def _milvus(config: Config) -> str:
     from retrieval.embedded import serve
     from retrieval.store import Store
 
+    name = config.knowledge.name
+    latest = open_registry(config).knowledge_latest(name)
     with serve(config.store) as uri:
         store = Store(config.store, uri)
-        there = store.exists(config.knowledge.name)
+        there = latest is not None and store.exists(latest.collection)
         store.close()
-    return f"{config.store.uri} answers; collection '{config.knowledge.name}' {'is there' if there else 'is not there yet'}"
+    if latest is not None and not there:
+        raise NotFound(
+            f"{config.store.uri} answers, but lacks {latest.collection}, where knowledge '{name}' v{latest.number} is; check store.uri, or drop it and run `metier index`"
+        )
+    return f"{config.store.uri} answers; knowledge '{name}' {f'v{latest.number} is there' if latest else 'is not there yet'}"
 
 
 def _port(config: Config) -> str:

@@ -16,6 +16,7 @@ from metier import (
     down,
     evaluate,
     index,
+    knowledge,
     models,
     plan,
     quickstart,
@@ -61,6 +62,7 @@ app.command("quickstart")(quickstart.quickstart)
 app.command("check")(check.check)
 app.add_typer(data.app, name="data")
 app.command("index")(index.index)
+app.add_typer(knowledge.app, name="knowledge")
 app.command("search")(search.search)
 app.command("plan")(plan.plan)
 app.command("train")(train.train)
@@ -69,7 +71,7 @@ app.command("up")(up.up)
 app.command("down")(down.down)
 app.command("status")(status.status)
 app.command("ask")(ask.ask)
-app.command("eval")(evaluate.evaluate)
+app.add_typer(evaluate.app, name="eval")
 app.add_typer(release.app, name="release")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(models.app, name="models")

@@ -1,4 +1,7 @@
-"""``metier eval``: the held-out questions through the four arms of a running server, side by side."""
+"""``metier eval``: the held-out questions through the four arms of a running server, side by side.
+
+With a word after it (``metier eval retrieval``) another evaluation, each in a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import typer
 
 from cluster.errors import BadInput, ConfigError
 from metier.console import print_json, progress, say, table
+from metier.evaluate_retrieval import retrieval
 from metier.options import (
     ConfigOption,
     DetachOption,
@@ -23,8 +27,13 @@ from metier.options import (
     server_url,
 )
 
+app = typer.Typer(invoke_without_command=True)
+app.command("retrieval")(retrieval)
 
+
+@app.callback()
 def evaluate(
+    ctx: typer.Context,
     release: Annotated[
         str | None, typer.Option("--release", help="Release to judge; by default the configuration's name.")
     ] = None,
@@ -39,6 +48,8 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Answer data.heldout by base, base+RAG, tuned and tuned+RAG, and print the scores."""
+    if ctx.invoked_subcommand is not None:
+        return
     settings = open_config(config, set_)
     if not settings.data.heldout:
         raise ConfigError("data.heldout names no file; list the JSONL files with questions", param="data.heldout")

@@ -35,7 +35,7 @@ def create(
     """Make a release of what the configuration says; the same parts give the same digest."""
     settings = open_config(config, set_)
     from cluster.models import base_ref, resolve
-    from cluster.release import AdapterRef, EmbedderRef, KnowledgeRef, Release, check_match
+    from cluster.release import AdapterRef, EmbedderRef, KnowledgeRef, Release, check_match, reranker_ref
 
     registry = open_registry(settings)
     name = name or settings.name
@@ -49,18 +49,19 @@ def create(
         chosen = AdapterRef(name=version.name, version=version.version, digest=version.digest)
     knowledge = None
     if not no_knowledge:
-        head = registry.knowledge_head(settings.knowledge.name)
-        if head == 0:
+        if registry.knowledge_head(settings.knowledge.name) == 0:
             raise BadInput(
                 f"knowledge '{settings.knowledge.name}' is empty; run `metier index` first, or pass --no-knowledge"
             )
-        wanted = _version(knowledge_version, head)
+        wanted = _version(knowledge_version)
+        registry.knowledge_version(settings.knowledge.name, wanted)
         knowledge = KnowledgeRef(name=settings.knowledge.name, version=wanted)
     release = Release(
         base=base,
         adapter=chosen,
         knowledge=knowledge,
         embedder=EmbedderRef(source=settings.embedder.source, revision=settings.embedder.revision),
+        reranker=reranker_ref(settings),
         prompt=settings.prompt,
         retrieval=settings.retrieval,
     )
@@ -127,11 +128,9 @@ def rollback(
     say(f"{made.name}@{alias} is back at {made.digest[:12]} (version {made.version})")
 
 
-def _version(text: str, head: int) -> int | Literal["head"]:
+def _version(text: str) -> int | Literal["head"]:
     if text == "head":
         return "head"
-    if not text.isdigit() or not 1 <= int(text) <= head:
-        raise BadInput(
-            f"--knowledge-version {text}: give a number from 1 to {head}, or head", param="knowledge-version"
-        )
+    if not text.isdigit():
+        raise BadInput(f"--knowledge-version {text}: give a number, or head", param="knowledge-version")
     return int(text)

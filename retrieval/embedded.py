@@ -2,14 +2,16 @@
 
 ``server.json`` in the data directory says where it listens; a second metier process reads it and uses the same
 server. The server lives as long as somebody uses it, and no longer, however its users end: see
-:mod:`retrieval.milvus_child`. One machine only, and not Windows. Not covered: restarting a server that dies while in
-use; the next :func:`serve` does.
+:mod:`retrieval.milvus_child`. A server that dies while in use is started again on its port by one of its users, and
+what was written is there: milvus-lite logs it before it answers. One machine only, and not Windows. Not covered: a
+server that hangs.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import select
 import signal
@@ -29,9 +31,14 @@ from cluster.config import StoreConfig
 from cluster.errors import Unavailable
 from cluster.processes import runs
 
+log = logging.getLogger(__name__)
+
 EMBEDDED = "embedded"
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 10.0
+WATCH_S = 0.5
+"""How often each user looks whether the server is there; longer after each death, up to LONGEST_WATCH_S."""
+LONGEST_WATCH_S = 30.0
 CHILD = Path(__file__).with_name("milvus_child.py")
 
 
@@ -82,9 +89,16 @@ def serve(config: StoreConfig) -> Iterator[str]:
         with _starting(data_dir):
             fcntl.flock(users, fcntl.LOCK_SH)
             server = running(data_dir) or _start(data_dir, users.name)
+        left = threading.Event()
+        keeper = threading.Thread(
+            target=_keep, args=(data_dir, users.name, server.port, left), name="milvus-keeper", daemon=True
+        )
+        keeper.start()
         try:
             yield server.uri
         finally:
+            left.set()
+            keeper.join()
             with _starting(data_dir):
                 _leave(users.fileno(), data_dir)
 
@@ -98,11 +112,28 @@ def running(data_dir: str | Path) -> Server | None:
     return server if server.runs() else None
 
 
-def _start(data_dir: Path, users_file: str) -> Server:
+def _keep(data_dir: Path, users_file: str, port: int, left: threading.Event) -> None:
+    """Until we have `left`: start the server anew on `port` when it has died."""
+    pause = WATCH_S
+    while not left.wait(pause):
+        if running(data_dir):
+            pause = WATCH_S
+            continue
+        pause = min(2 * pause, LONGEST_WATCH_S)  # if it dies again at once, or cannot be started
+        try:
+            with _starting(data_dir):
+                if not running(data_dir):
+                    _start(data_dir, users_file, port)
+                    log.warning("the embedded Milvus server for %s died and was started again", data_dir)
+        except Unavailable as error:
+            log.error("%s", error)
+
+
+def _start(data_dir: Path, users_file: str, port: int = 0) -> Server:
     log_file = data_dir / "server.log"
     with log_file.open("wb") as log:
         child = subprocess.Popen(
-            [sys.executable, "-P", str(CHILD), str(data_dir), users_file],
+            [sys.executable, "-P", str(CHILD), str(data_dir), users_file, str(port)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -113,13 +144,13 @@ def _start(data_dir: Path, users_file: str) -> Server:
     assert child.stdout is not None
     with child.stdout as stdout:
         ready, _, _ = select.select([stdout], [], [], START_TIMEOUT_S)
-        port = stdout.readline().strip() if ready else b""
-    if not port:
+        bound = stdout.readline().strip() if ready else b""
+    if not bound:
         child.kill()
         child.wait()
         lines = log_file.read_text(errors="replace").splitlines() or ["no message"]
         raise Unavailable(f"the embedded Milvus server for {data_dir} did not start: {lines[-1]} (see {log_file})")
-    server = Server(child.pid, psutil.Process(child.pid).create_time(), int(port))
+    server = Server(child.pid, psutil.Process(child.pid).create_time(), int(bound))
     written = _state(data_dir).with_suffix(".new")
     written.write_text(json.dumps(asdict(server)))
     written.replace(_state(data_dir))

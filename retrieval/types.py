@@ -5,18 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.knowledge import EmbedderState, KnowledgeVersion
+
 
 @dataclass(frozen=True)
 class Document:
     """One file as text: Unicode NFC, ``\\n`` line ends."""
 
     doc_id: str
-    """Stable name: the file name without its ending, or what the source says."""
+    """Stable name: the file name without its ending, or what the source says (``knowledge.document_ids``)."""
     title: str
     text: str
     source: str
     """Path relative to the directory it was read from, or a URL."""
     metadata: dict[str, Any] = field(default_factory=dict)
+    """Attributes of the source; plain JSON values."""
+    groups: tuple[str, ...] | None = None
+    """Groups that may read it; None: those of the knowledge."""
+    pages: tuple[int, ...] = ()
+    """Offsets in `text` at which its pages begin, first page first; empty where the source has none."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,11 @@ class Chunk:
     """0-based order within the document."""
     source: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    page: int = 0
+    """Page it begins on, from 1; 0 where the source has no pages."""
+    start: int = 0
+    end: int = 0
+    """Characters of the document's text that it stands for, end exclusive; an overlap before it is not counted."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,29 @@ class Principal:
 
     tenant: str = "default"
     groups: tuple[str, ...] = ("everyone",)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of a knowledge, as far as searching it needs: where its rows are and which of them count."""
+
+    knowledge: str
+    version: int
+    """The number that answers state."""
+    reads: int
+    """Rows with ``born <= reads < died`` belong to it: itself, or for a version made by rollback the one it went back to."""
+    collection: str
+    """Milvus name of the physical collection."""
+    embedder: EmbedderState
+    """The model its vectors are of."""
+    calibration: dict[str, Any] | None = None
+    """How far dense and BM25 are to be trusted here (:mod:`retrieval.calibrate`); None where nobody has measured it."""
+
+    @classmethod
+    def of(cls, knowledge: str, version: KnowledgeVersion) -> Snapshot:
+        """The snapshot that `version` of `knowledge` is."""
+        calibration = version.details.get("calibration")
+        return cls(knowledge, version.number, version.reads, version.collection, version.embedder, calibration)
 
 
 @dataclass(frozen=True)
@@ -56,9 +91,12 @@ class Passage:
     source: str
     position: int
     score: float
-    """What the final order is by; comparable within one answer only."""
+    """What the order is by (but for diversity, which takes it up and goes on); docs/retrieval.md says what it means."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Score per stage that saw the chunk: ``dense`` (cosine), ``bm25``, ``rrf``."""
+    """Score per stage that saw the chunk: ``dense`` (cosine), ``bm25``, ``fused``, ``queries``, ``rerank``, ``mmr``."""
+    page: int = 0
+    """Page it begins on, from 1; 0 where the source has no pages."""
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,8 +106,7 @@ class Retrieved:
     passages: tuple[Passage, ...]
     """Best first; empty when nothing passed the floor."""
     knowledge: str
-    """Collection name."""
     version: int
     """Knowledge version that was searched."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time per stage: ``embed``, ``search``."""
+    """Wall time per stage: ``embed``, ``search``, ``fuse``, ``rerank``, ``diversity``, ``neighbours``."""

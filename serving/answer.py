@@ -7,13 +7,17 @@ one process and over replicas.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from cluster.config import RetrievalConfig
+from cluster.errors import MetierError
 from retrieval.prompt import (
     Citation,
+    Message,
     Tokenizer,
     check_length,
     citations,
@@ -23,14 +27,19 @@ from retrieval.prompt import (
     token_counter,
 )
 from retrieval.query import search_query
-from retrieval.types import Passage, Principal, Retrieved
+from retrieval.rewrite import rewriting, stand_alone
+from retrieval.types import Passage, Principal, Retrieved, Snapshot
 from serving.engine.base import Delta, GenerateRequest, Sampling
 from serving.names import Resolved
 from serving.text import Detokenizer
 
-Retrieve = Callable[[str, str, int, Principal, RetrievalConfig], Awaitable[Retrieved]]
-"""(query, knowledge, version, principal, settings) -> passages."""
+Retrieve = Callable[[str | Sequence[str], Snapshot, Principal, RetrievalConfig], Awaitable[Retrieved]]
+"""(query or queries, snapshot, principal, settings) -> passages."""
 Generate = Callable[[GenerateRequest], AsyncIterator[Delta]]
+REWRITE_TOKENS = 48
+REWRITE_SECONDS = 5.0
+"""A question that takes longer to be written out is searched for as the rule makes it."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,8 @@ class Question:
     sampling: Sampling
     principal: Principal
     resolved: Resolved
-    knowledge: str | None
-    """Collection to search; ``None`` answers without retrieval."""
-    version: int = 0
-    """Knowledge version; set where `knowledge` is."""
+    snapshot: Snapshot | None
+    """What to search; ``None`` answers without retrieval."""
     top_k: int | None = None
     stream: bool = False
     """Whether the client reads the answer as it is made."""
@@ -77,7 +84,8 @@ class Done:
     prompt_tokens: int
     completion_tokens: int
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time per stage: ``embed``, ``search``, ``first_token`` (streams only), ``generate``."""
+    """Wall time per stage: ``embed``, ``search``, ``fuse``, ``first_token`` (streams only), ``generate``; also ``rewrite``,
+    and the other stages of :class:`retrieval.retriever.Retriever`, where they were asked for."""
 
 
 Part = Found | Text | Done
@@ -99,13 +107,18 @@ async def answer(
     resolved = question.resolved
     seconds: dict[str, float] = {}
     passages: Sequence[Passage] | None = None
-    if question.knowledge is not None:
+    if question.snapshot is not None:
         settings = resolved.retrieval
         if question.top_k is not None:
             wider = max(question.top_k, settings.candidates)
             settings = settings.model_copy(update={"top_k": question.top_k, "candidates": wider})
-        query = search_query(question.conversation)
-        found = await retrieve(query, question.knowledge, question.version, question.principal, settings)
+        query: str | Sequence[str] = search_query(question.conversation)
+        if settings.rewrite == "generator" and (messages := rewriting(question.conversation)):
+            began = time.perf_counter()
+            if written := await _written_out(question, messages, generate, tokenizer, context):
+                query = [str(query), written]
+            seconds["rewrite"] = time.perf_counter() - began
+        found = await retrieve(query, question.snapshot, question.principal, settings)
         passages = found.passages
         seconds |= found.seconds
 
@@ -137,3 +150,22 @@ async def answer(
     text = detokenizer.text
     cited = tuple(citations(text, grounded.passages))
     yield Done(text, reason, cited, is_decline(resolved.prompt, text), len(ids), made, seconds)
+
+
+async def _written_out(
+    question: Question, messages: Sequence[Message], generate: Generate, tokenizer: Tokenizer, context: int
+) -> str | None:
+    """The question that stands alone, as the bare base model writes it; None if it does not, or not in time."""
+    ids = prompt_ids(tokenizer, messages)
+    request = GenerateRequest(f"{question.request_id}-rewrite", tuple(ids), Sampling(REWRITE_TOKENS), stream=False)
+    detokenizer = Detokenizer(tokenizer)
+    try:
+        check_length(len(ids), REWRITE_TOKENS, context)
+        async with asyncio.timeout(REWRITE_SECONDS):
+            async for delta in generate(request):
+                detokenizer.push(delta.token_ids)
+    except (MetierError, TimeoutError) as error:
+        log.info("the follow-up of %s is searched for by rule: %s", question.request_id, error or "no answer in time")
+        return None
+    detokenizer.flush()
+    return stand_alone(detokenizer.text, question.conversation)

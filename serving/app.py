@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+import functools
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
@@ -23,17 +27,28 @@ from ray.serve.handle import DeploymentHandle
 from cluster import log as logs
 from cluster.config import Config, RetrievalConfig, StageConfig, from_json, load, to_json
 from cluster.errors import MetierError, Overloaded
+from cluster.knowledge import EmbedderState
 from cluster.models import base_ref, load_tokenizer, resolve
 from cluster.registry import Registry
 from cluster.storage import Storage
-from retrieval.embed import Embedder
+from retrieval.embed import Embedder, Embeds
+from retrieval.embedders import Embedders
+from retrieval.filters import Condition
+from retrieval.query_vectors import QueryVectors
+from retrieval.rerank import load_reranker
 from retrieval.retriever import Retriever
 from retrieval.store import Store
-from retrieval.types import Principal, Retrieved
+from retrieval.types import Principal, Retrieved, Snapshot
 from serving.engine.base import Delta, Engine, GenerateRequest
 from serving.http import routes
+from serving.knowledge.api import KnowledgeApi
+from serving.knowledge.backend import Backend
+from serving.knowledge.library import Held, Indexed, IndexJob, Library
 from serving.names import Names
 from serving.pipeline import Pipeline
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class AppArgs(BaseModel):
@@ -82,21 +97,65 @@ def options(name: str, stage: StageConfig) -> dict[str, Any]:
 
 
 class RetrieverReplica:
-    """Queries -> passages."""
+    """Queries -> passages; and what the knowledge API asks of the models and of Milvus."""
 
     def __init__(self, config_json: str) -> None:
         config = from_json(config_json)
         logs.setup(config.logging)
+        self.registry = Registry(Storage.of(config.storage))
         self.store = Store(config.store, config.store.uri)
-        embedder = Embedder(resolve(config.embedder, config.models_cache), config.embedder)
-        self.retriever = Retriever(self.store, embedder)
+        reranker = load_reranker(config)
+        embedders = Embedders(config.embedder, config.models_cache)
+        embedders.watch(functools.partial(self._coming, config.knowledge.name))
+        queries = QueryVectors(embedders, cached=config.embedder.cached_queries, wait_ms=config.embedder.query_wait_ms)
+        self.retriever = Retriever(self.store, queries, reranker)
+        self.pool = ThreadPoolExecutor(config.serving.retriever.max_ongoing_requests, "metier-retrieve")
+
+        @functools.cache
+        def configured() -> Embeds:
+            return Embedder(resolve(config.embedder, config.models_cache), config.embedder)
+
+        self.library = Library(config, self.store, self.registry, configured, reranker)
+        if latest := self.registry.knowledge_latest(config.knowledge.name):
+            try:
+                embedders(latest.embedder)  # so that the first question does not wait for it
+            except MetierError as error:  # questions get the sentence; what else is served is not held up
+                log.warning("the embedder of knowledge '%s' is not loaded: %s", config.knowledge.name, error)
+
+    def _coming(self, knowledge: str) -> EmbedderState | None:
+        build = self.registry.knowledge_build(knowledge)
+        return build.embedder if build else None
 
     async def retrieve(
-        self, query: str, knowledge: str, version: int, principal: Principal, settings: RetrievalConfig
+        self,
+        query: str | Sequence[str],
+        snapshot: Snapshot,
+        principal: Principal,
+        settings: RetrievalConfig,
+        where: Condition | None = None,
     ) -> Retrieved:
-        return await asyncio.to_thread(
-            self.retriever.retrieve, query, knowledge=knowledge, version=version, principal=principal, settings=settings
+        return await self._work(
+            self.retriever.retrieve, query, snapshot, principal=principal, settings=settings, where=where
         )
+
+    async def embed(self, texts: Sequence[str], query: bool) -> tuple[list[list[float]], list[int]]:
+        return await self._work(self.library.embed, texts, query)
+
+    async def rerank(self, query: str, texts: Sequence[str]) -> list[float]:
+        return await self._work(self.library.rerank, query, texts)
+
+    async def documents(self, snapshot: Snapshot, principal: Principal) -> list[Held]:
+        return await self._work(self.library.documents, snapshot, principal)
+
+    async def texts(self, snapshot: Snapshot, principal: Principal, which: Condition) -> list[str]:
+        return await self._work(self.library.texts, snapshot, principal, which)
+
+    async def index(self, job: IndexJob) -> dict[str, Indexed]:
+        return await asyncio.to_thread(self.library.index, job)  # minutes: no place for it among the questions
+
+    async def _work(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        call = functools.partial(function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self.pool, call)
 
 
 class GeneratorReplica:
@@ -153,10 +212,12 @@ class Ingress:
             names.resolve(config.serving.release)
         streaming = generator.options(stream=True)
 
-        async def retrieve(*args: Any) -> Retrieved:
-            with _from_replicas():
-                found: Retrieved = await retriever.retrieve.remote(*args)
-                return found
+        def remote(method: str) -> Callable[..., Awaitable[Any]]:
+            async def call(*args: Any) -> Any:
+                with _from_replicas():
+                    return await getattr(retriever, method).remote(*args)
+
+            return call
 
         async def generate(request: GenerateRequest) -> AsyncIterator[Delta]:
             deltas = streaming.generate.remote(request)
@@ -168,10 +229,12 @@ class Ingress:
                 deltas.cancel()
 
         tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
-        self.pipeline = Pipeline(config, registry, names, tokenizer, retrieve, generate)
+        self.pipeline = Pipeline(config, registry, names, tokenizer, remote("retrieve"), generate)
+        backend = Backend(**{each.name: remote(each.name) for each in fields(Backend)})
+        self.knowledge = KnowledgeApi(config, registry, backend)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return routes(self.pipeline)
+        return routes(self.pipeline, self.knowledge)
 
 
 @contextlib.contextmanager

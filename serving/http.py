@@ -1,4 +1,7 @@
-"""The HTTP routes: OpenAI's shapes in and out, server-sent events, one place where errors become statuses."""
+"""The HTTP routes: OpenAI's shapes in and out, server-sent events, one place where errors become statuses.
+
+Those of the knowledge API stand in :mod:`serving.knowledge.routes`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from datetime import datetime
 from typing import Any
 
@@ -18,6 +21,8 @@ from starlette.exceptions import HTTPException
 
 from cluster.errors import BadInput, MetierError, ModelNotFound, NotFound
 from serving.answer import Done, Found, Part, Question, Text
+from serving.knowledge.api import KnowledgeApi
+from serving.knowledge.routes import router
 from serving.names import Served
 from serving.openai import ChatRequest, chunk, completion, context, error_body, file_citations, sse
 from serving.pipeline import Pipeline
@@ -26,9 +31,18 @@ log = logging.getLogger(__name__)
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def routes(pipeline: Pipeline) -> FastAPI:
-    """The application over `pipeline`."""
-    api = FastAPI(title="metier", docs_url=None, redoc_url=None)
+def routes(pipeline: Pipeline, knowledge: KnowledgeApi | None = None) -> FastAPI:
+    """The application over `pipeline`, with the knowledge API if there is one; its work lives as long as the application."""
+
+    @asynccontextmanager
+    async def working(_: FastAPI) -> AsyncIterator[None]:
+        if knowledge is not None:
+            await knowledge.start()
+        yield
+        if knowledge is not None:
+            await knowledge.close()
+
+    api = FastAPI(title="metier", docs_url=None, redoc_url=None, lifespan=working)
     api.add_exception_handler(MetierError, _refuse)
     api.add_exception_handler(RequestValidationError, _refuse_body)
     api.add_exception_handler(HTTPException, _refuse_route)
@@ -46,6 +60,9 @@ def routes(pipeline: Pipeline) -> FastAPI:
                 headers=STREAM_HEADERS | _headers(question),
             )
         return JSONResponse(await _whole(question, pipeline.parts(question)), headers=_headers(question))
+
+    if knowledge is not None:
+        api.include_router(router(knowledge, lambda _: pipeline.principal))
 
     @api.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -142,7 +159,7 @@ async def _refuse_body(request: Request, error: Exception) -> JSONResponse:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return await _refuse(request, BadInput(f"the body is not valid JSON: {first['ctx']['error']}"))
-    param = ".".join(str(part) for part in first["loc"] if part != "body") or None
+    param = ".".join(map(str, first["loc"][1:])) or None
     if first["type"] == "extra_forbidden":
         problem = BadInput(f"unknown field '{param}'; remove it", param=param)
     else:
@@ -197,10 +214,11 @@ def _usage(done: Done) -> dict[str, int]:
 
 
 def _metier(question: Question, found: Found, done: Done) -> dict[str, Any]:
+    searched = question.snapshot
     return {
         "release": question.resolved.release,
         "adapter": question.resolved.adapter,
-        "knowledge": {"name": question.knowledge, "version": question.version} if question.knowledge else None,
+        "knowledge": {"name": searched.knowledge, "version": searched.version} if searched else None,
         "chunks": [passage.chunk_id for passage in found.passages],
         "declined": done.declined,
         "seconds": {stage: round(value, 4) for stage, value in done.seconds.items()},

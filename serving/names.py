@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from cluster.config import Config, PromptConfig, RetrievalConfig
 from cluster.errors import BadInput, Mismatch, ModelNotFound, NotFound
 from cluster.registry import AdapterVersion, Registry, ReleaseVersion
-from cluster.release import BaseRef, KnowledgeRef, check_match, short
+from cluster.release import BaseRef, KnowledgeRef, RerankerRef, check_match, short
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,14 @@ class Names:
         if release.adapter is not None:
             adapter = self.registry.adapter(f"{release.adapter.name}@{release.adapter.digest}")
             check_match(adapter.card, self.base, release.prompt)
+        own = self.config.reranker
+        loaded = RerankerRef(source=own.source, revision=own.revision) if own else None
+        if release.reranker not in (None, loaded):
+            raise Mismatch(
+                f"release {found.ref} orders passages with {release.reranker.source}, this server with "
+                f"{loaded.source if loaded else 'no reranker'}; set reranker.source, or create the release again",
+                param="reranker",
+            )
         pairs = {field: (getattr(release.base, field), getattr(self.base, field)) for field in BaseRef.model_fields}
         wrong = {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
         if wrong:

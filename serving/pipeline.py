@@ -12,7 +12,7 @@ from cluster.config import Config
 from cluster.errors import BadInput
 from cluster.registry import Registry
 from retrieval.prompt import Tokenizer
-from retrieval.types import Principal
+from retrieval.types import Principal, Snapshot
 from serving.answer import Generate, Part, Question, Retrieve, answer
 from serving.engine.base import Sampling
 from serving.names import Names, Resolved
@@ -34,6 +34,11 @@ class Pipeline:
         self.config, self.registry, self.names, self.tokenizer = config, registry, names, tokenizer
         self.retrieve, self.generate = retrieve, generate
 
+    @property
+    def principal(self) -> Principal:
+        """Who asks: nobody is told apart yet, so everybody is who the configuration says."""
+        return Principal(self.config.knowledge.tenant, self.config.knowledge.groups)
+
     def question(self, body: ChatRequest, request_id: str) -> Question:
         """Settle everything about a request that names and the registry decide; reads storage, so call it in a thread.
 
@@ -41,17 +46,15 @@ class Pipeline:
             ModelNotFound, Mismatch, BadInput: as :class:`serving.names.Names` and the knowledge asked for say.
         """
         resolved = self.names.resolve(body.model)
-        knowledge, version = self._knowledge(body.rag, resolved)
         return Question(
             request_id=request_id,
             conversation=body.conversation,
             sampling=Sampling(
                 body.answer_tokens or self.config.serving.max_tokens, body.temperature, body.top_p, body.seed
             ),
-            principal=Principal(self.config.knowledge.tenant, self.config.knowledge.groups),
+            principal=self.principal,
             resolved=resolved,
-            knowledge=knowledge,
-            version=version,
+            snapshot=self._snapshot(body.rag, resolved),
             top_k=body.rag.top_k if body.rag else None,
             stream=body.stream,
         )
@@ -63,16 +66,16 @@ class Pipeline:
             async for part in stream:
                 yield part
 
-    def _knowledge(self, rag: Rag | None, resolved: Resolved) -> tuple[str | None, int]:
-        """Collection and version to search: what the request's ``rag`` says, or else the release."""
+    def _snapshot(self, rag: Rag | None, resolved: Resolved) -> Snapshot | None:
+        """What to search: what the request's ``rag`` says, or else the release."""
         pinned = resolved.knowledge
         if (rag is None and pinned is None) or (rag is not None and not rag.enabled):
-            return None, 0
+            return None
         default = pinned.name if pinned else self.config.knowledge.name
         name = (rag.knowledge if rag else None) or default
         if pinned is not None and name == pinned.name and pinned.version != "head":
-            return name, int(pinned.version)
-        version = self.registry.knowledge_head(name)
-        if version == 0:
+            return Snapshot.of(name, self.registry.knowledge_version(name, pinned.version))
+        latest = self.registry.knowledge_latest(name)
+        if latest is None:
             raise BadInput(f"knowledge '{name}' is empty or not there; run `metier index`", param="rag.knowledge")
-        return name, version
+        return Snapshot.of(name, latest)

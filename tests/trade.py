@@ -149,6 +149,13 @@ def index(config: Config) -> int:
     return report.version
 
 
+def knowledge_entry(**fields: Any) -> dict[str, Any]:
+    """What an ingest appends to the versions of a knowledge."""
+    embedder = {"source": "tiny:bert", "max_tokens": 64, "fingerprint": "f" * 32, "dimension": 16}
+    made = {"collection": "k_docs_v1", "embedder": embedder, "chunk_tokens": 64, "overlap_tokens": 0}
+    return made | fields
+
+
 def write_adapter(config: Config, directory: Path, *, rank: int = 4, seed: int = 1) -> Path:
     """A PEFT directory with random LoRA matrices, large enough that answers change."""
     import torch
@@ -312,7 +319,7 @@ class Desk:
                 text=True,
                 env=environment,
                 process_group=0,
-                preexec_fn=_hear_ctrl_c,
+                preexec_fn=hear_ctrl_c,
             )
 
     def left(self) -> list[psutil.Process]:
@@ -330,7 +337,7 @@ class Desk:
         assert_gone(self.left())
 
 
-def _hear_ctrl_c() -> None:
+def hear_ctrl_c() -> None:
     """A shell that runs the tests in the background makes them, and what they start, deaf to it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -26,12 +26,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-
 from cluster import jobs, processes
+from cluster.claim import LOST_S, is_same_host, lives, me
 from cluster.config import Config, public_dict
 from cluster.errors import BadInput, MetierError, Mismatch, NotFound
 from cluster.registry import Entry, Log
@@ -44,8 +42,6 @@ POLL_S = 2.0
 """Between looks at whether the run was cancelled or taken over."""
 BEAT_S = 5.0
 """Between heartbeats of a driver that has nothing new to say."""
-LOST_S = 60.0
-"""A driver on another host is given up when its last heartbeat is older."""
 LOG_LINES = 2000
 """Kept of what a driver said."""
 
@@ -318,7 +314,7 @@ def request_cancel(storage: Storage, run: RunInfo) -> None:
 
 def is_here(run: RunInfo) -> bool:
     """Whether the driver of `run` is a living process of this machine."""
-    return _is_same_host(run.facts) and processes.runs(run.facts["pid"], run.facts["created"])
+    return is_same_host(run.facts) and processes.runs(run.facts["pid"], run.facts["created"])
 
 
 def read_log(storage: Storage, name: str) -> tuple[int, list[str]]:
@@ -346,15 +342,11 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = 
 
 def _take(storage: Storage, name: str, facts: dict[str, Any]) -> int:
     """Append an attempt of this process to the run's log and return its number."""
-    process = psutil.Process()
     job, address = jobs.current()
     mine = {
         "claim": uuid.uuid4().hex,
         "at": time.time(),
-        "host": socket.gethostname(),
-        "pids": _pid_namespace(),
-        "pid": process.pid,
-        "created": process.create_time(),
+        **me(),
         "metier": version("metier"),
         "job": job,
         "address": address,
@@ -402,7 +394,7 @@ def _read(storage: Storage, name: str, entries: list[Entry]) -> RunInfo:
     began = float(entry.data["at"])
     heartbeat = float(known.get("heartbeat", began))
     state = known.get("state", "preparing")
-    if state not in ENDED and not _lives(entry.data, heartbeat):
+    if state not in ENDED and not lives(entry.data, heartbeat):
         state = "cancelled" if _cancelled_attempt(storage, name) == entry.number else "lost"
     return RunInfo(
         name=name,
@@ -414,24 +406,6 @@ def _read(storage: Storage, name: str, entries: list[Entry]) -> RunInfo:
         jobs=tuple(entry.data["job"] for entry in entries if entry.data["job"]),
         **{key: known.get(key) for key in ("ended", *PROGRESS, "adapter", "error")},
     )
-
-
-def _lives(facts: Mapping[str, Any], heartbeat: float) -> bool:
-    if _is_same_host(facts):
-        return processes.runs(facts["pid"], facts["created"])
-    return time.time() - heartbeat < LOST_S
-
-
-def _is_same_host(facts: Mapping[str, Any]) -> bool:
-    return bool(facts["host"] == socket.gethostname() and facts["pids"] == _pid_namespace())
-
-
-def _pid_namespace() -> int:
-    """Which process ids mean the same: two containers may share a host name and count from 1 each."""
-    try:
-        return Path("/proc/self/ns/pid").stat().st_ino
-    except OSError:
-        return 0
 
 
 def _names(storage: Storage) -> list[str]:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from itertools import cycle, islice
 from pathlib import Path
 
-from cluster.config import Config
+from cluster.config import Config, KnowledgeConfig
 from retrieval.chunk import chunk
 from retrieval.prompt import Tokenizer, token_counter
 from retrieval.read import read
@@ -27,7 +27,7 @@ def grounded(config: Config, tokenizer: Tokenizer, count: int) -> list[Example]:
     The gold chunk is real, the distractors are drawn from the documents at random.
     """
     chunks: dict[str, list[Chunk]] = defaultdict(list)
-    for document in read(TRADE / "documents")[0]:
+    for document in read(KnowledgeConfig(documents=str(TRADE / "documents")))[0]:
         chunks[document.doc_id] = chunk(
             document,
             chunk_tokens=config.knowledge.chunk_tokens,

@@ -116,5 +116,5 @@ def test_a_reader_without_rights_builds_nothing(lamps: tuple[Path, Config]) -> N
     directory, _ = lamps
     with pytest.raises(NotFound, match="holds nothing that tenant 'default' and groups nobody may read"):
         built(directory, "--set", "knowledge.groups=[nobody]")
-    with pytest.raises(NotFound, match="knowledge 'other' is empty; run `metier index` first"):
+    with pytest.raises(NotFound, match="knowledge 'other' is empty or not there; run `metier index`"):
         built(directory, "--set", "knowledge.name=other")

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +25,11 @@ from cluster.errors import BadInput, Mismatch, ModelNotFound, NotFound, Resource
 from cluster.registry import Registry, content_digest, file_digest
 from cluster.release import AdapterCard, AdapterRef, BaseRef, DatasetRef, EmbedderRef, ModelCard, Release
 from cluster.storage import Storage
+from tests import trade
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BASE = BaseRef(source="tiny:llama", dtype="float32", tokenizer="t", chat_template="c", architecture="a")
 CARD = AdapterCard(base=BASE, rank=2, alpha=4, target_modules=["q_proj"])
-
-SERVER = """
-from moto.server import DomainDispatcherApplication, create_backend_app
-from werkzeug.serving import make_server
-server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app))
-print(server.port, flush=True)
-server.serve_forever()
-"""
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[dict[str, Any]]:
-    """Options of a file system on the S3 server."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
-        assert server.stdout is not None
-        try:
-            port = int(server.stdout.readline())
-            yield {"endpoint_url": f"http://127.0.0.1:{port}", "key": "test", "secret": "test"}
-        finally:
-            server.terminate()
 
 
 @pytest.fixture(params=["directory", "s3"])
@@ -560,17 +538,30 @@ def test_a_manifest_cannot_name_files_elsewhere_or_code(registry: Registry, tmp_
 
 
 def test_versions_of_knowledge_are_counted_from_one(registry: Registry) -> None:
-    assert (registry.knowledge_head("docs"), registry.knowledge_entries("docs")) == (0, [])
-    assert [registry.knowledge_append("docs", {"added": n}) for n in (5, 5)] == [1, 2]
-    assert registry.knowledge_head("docs") == 2
-    assert [(e["version"], e["added"]) for e in registry.knowledge_entries("docs")] == [(1, 5), (2, 5)]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", registry.knowledge_entries("docs")[0]["created"])
+    assert (registry.knowledge_head("docs"), registry.knowledge_latest("docs")) == (0, None)
+    assert [registry.knowledge_append("docs", trade.knowledge_entry(added=n)) for n in (5, 5)] == [1, 2]
+    assert (registry.knowledge_head("docs"), registry.knowledge_next("docs")) == (2, 3)
+    versions = registry.knowledge_versions("docs")
+    assert [(v.number, v.reads, v.added) for v in versions] == [(1, 1, 5), (2, 2, 5)]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", versions[0].created)
+    assert registry.knowledge_version("docs", 1) == versions[0]
+    with pytest.raises(NotFound, match="has no version 7"):
+        registry.knowledge_version("docs", 7)
+
+
+def test_a_dropped_knowledge_is_gone_and_its_numbers_are_not_used_again(registry: Registry) -> None:
+    registry.knowledge_append("docs", trade.knowledge_entry())
+    registry.knowledge_append("docs", trade.knowledge_entry(kind="drop"))
+    assert (registry.knowledge_head("docs"), registry.knowledge_versions("docs")) == (0, [])
+    assert registry.knowledge_names() == []
+    assert registry.knowledge_append("docs", trade.knowledge_entry()) == 3
+    assert [version.number for version in registry.knowledge_versions("docs")] == [3]
 
 
 def test_an_answer_lost_on_the_way_does_not_append_twice(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     create = registry.storage.create
     monkeypatch.setattr(registry.storage, "create", lambda path, data: create(path, data) and create(path, data))
-    assert [registry.knowledge_append("docs", {"added": 1}) for _ in range(2)] == [1, 2]
+    assert [registry.knowledge_append("docs", trade.knowledge_entry()) for _ in range(2)] == [1, 2]
     assert registry.knowledge_head("docs") == 2
 
 
@@ -592,7 +583,7 @@ def test_racing_appenders_lose_nothing_and_leave_no_gap(registry: Registry) -> N
     body = "print(json.dumps([registry.knowledge_append('docs', {'by': arguments[0], 'n': n}) for n in range(8)]))"
     numbers = [json.loads(out) for out in race([start(registry.storage, body, str(k)) for k in range(3)])]
     assert sorted(n for mine in numbers for n in mine) == list(range(1, 25))
-    entries = registry.knowledge_entries("docs")
+    entries = [entry.data for entry in registry.log("knowledge/docs").entries()]
     for by, mine in enumerate(numbers):
         assert mine == sorted(mine)
         assert [(entries[n - 1]["by"], entries[n - 1]["n"]) for n in mine] == [(str(by), n) for n in range(8)]

@@ -215,12 +215,30 @@ def test_a_port_in_use_is_said_before_anything_starts(tmp_path: Path) -> None:
     assert not Path(config.store.data_dir).exists()
 
 
-def test_a_lost_milvus_is_a_503_for_what_needs_it_and_nothing_else(up: Up, client: Client) -> None:
+def test_a_milvus_that_hangs_is_a_503_for_what_needs_it_and_nothing_else(up: Up, client: Client) -> None:
+    state = json.loads(Path(up.config.store.data_dir, "server.json").read_text())
+    os.kill(state["pid"], signal.SIGSTOP)
+    try:
+        response = httpx.post(
+            f"{up.url}/v1/chat/completions", json={"model": "lamps", "messages": QUESTION}, timeout=60
+        )
+        assert response.status_code == 503
+        assert (body(response)["code"], response.headers["retry-after"]) == ("unavailable", "1")
+        with pytest.raises(Unavailable, match=r"Milvus at http://127\.0\.0\.1:"):
+            list(client.stream("lamps", QUESTION))
+        assert client.ask("lamps", QUESTION, rag={"enabled": False}, max_tokens=8).text
+    finally:
+        os.kill(state["pid"], signal.SIGCONT)
+
+
+def test_a_milvus_that_dies_comes_back_and_questions_are_answered_again(up: Up, client: Client) -> None:
     state = json.loads(Path(up.config.store.data_dir, "server.json").read_text())
     os.kill(state["pid"], signal.SIGKILL)
-    response = httpx.post(f"{up.url}/v1/chat/completions", json={"model": "lamps", "messages": QUESTION}, timeout=60)
-    assert response.status_code == 503
-    assert (body(response)["code"], response.headers["retry-after"]) == ("unavailable", "1")
-    with pytest.raises(Unavailable, match=r"Milvus at http://127\.0\.0\.1:"):
-        list(client.stream("lamps", QUESTION))
-    assert client.ask("lamps", QUESTION, rag={"enabled": False}, max_tokens=8).text
+
+    def answered() -> bool:
+        try:
+            return bool(client.ask("lamps", QUESTION, max_tokens=8).passages)
+        except Unavailable:
+            return False
+
+    trade.wait_for("an answer with passages", answered)

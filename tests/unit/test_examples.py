@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import load
+from cluster.config import KnowledgeConfig, load
 from retrieval.read import read
 from training.data.grounded import holds
 from training.data.rows import Row, read_rows
@@ -25,7 +25,7 @@ def test_configurations_load(file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, str]:
-    documents, problems = read(str(TRADE / "documents"))
+    documents, problems = read(KnowledgeConfig(documents=str(TRADE / "documents")))
     assert not problems
     return {document.doc_id: document.text for document in documents}
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from cluster.config import HUB, Config, Shape
-from training.data import duplicates, language, lengths, sensitive, text_quality
+from retrieval import duplicates
+from training.data import language, lengths, sensitive, text_quality
 from training.data.leakage import SAID, leaks
 from training.data.load import scan
 from training.data.problems import Problem

@@ -21,9 +21,9 @@ from typing import NamedTuple
 
 from cluster.config import HUB
 from cluster.errors import BadInput
+from retrieval.duplicates import normal
 from training.data import sensitive
 from training.data.check import Checked, Placed, is_of, said
-from training.data.duplicates import normal
 from training.data.rows import AnyRow, Row, Text
 from training.data.text_quality import REPAIRED, contents, flaws, repair
 

@@ -3,7 +3,7 @@
 A held-out question without earlier turns stands by itself and is looked for in every user turn of a row, and in raw
 text. One that follows earlier turns ("And for a trailer?") says little by itself: it is compared together with them,
 against the beginning of every conversation. Questions are near copies when their shingles have a Jaccard similarity
-of :data:`NEAR` (``training.data.duplicates``) and they name the same numbers: "on R1" and "on R4" are two questions.
+of :data:`NEAR` (``retrieval.duplicates``) and they name the same numbers: "on R1" and "on R4" are two questions.
 
 Not covered: the same question in other words or another language, and answers that stand in another document.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cluster.errors import BadInput
-from training.data.duplicates import near_to, normal, similarity
+from retrieval.duplicates import near_to, normal, similarity
 from training.data.problems import SHOWN
 from training.data.rows import AnyRow, Row, Text
 

@@ -10,15 +10,15 @@ from functools import cached_property
 
 from cluster.config import Config
 from cluster.errors import NotFound
-from cluster.models import resolve
 from cluster.registry import Registry
-from retrieval.embed import Embedder
 from retrieval.embedded import serve
-from retrieval.filters import And, live, rights
+from retrieval.embedders import Embedders
+from retrieval.filters import readable
 from retrieval.query import search_query
+from retrieval.rerank import load_reranker
 from retrieval.retriever import Retriever
 from retrieval.store import Store
-from retrieval.types import Chunk, Passage, Principal
+from retrieval.types import Chunk, Passage, Principal, Snapshot
 from training.data.grounded import Retrieve
 
 COLUMNS = tuple(column.name for column in fields(Chunk) if column.name != "metadata")
@@ -53,38 +53,37 @@ def open_live(config: Config, registry: Registry) -> Iterator[Live]:
         NotFound: nothing was indexed under that name, or nothing that its tenant and groups may read.
     """
     knowledge = config.knowledge
-    version = registry.knowledge_head(knowledge.name)
-    if version == 0:
-        raise NotFound(f"knowledge '{knowledge.name}' is empty; run `metier index` first", param="knowledge.name")
+    snapshot = Snapshot.of(knowledge.name, registry.knowledge_version(knowledge.name))
     principal = Principal(knowledge.tenant, knowledge.groups)
-    settings = config.retrieval.model_copy(update={"top_k": config.retrieval.candidates, "min_score": -1.0})
+    # Evidence is told by chunk, so passages are not joined with their neighbours here.
+    changes = {"top_k": config.retrieval.candidates, "min_score": -1.0, "neighbours": 0}
+    settings = config.retrieval.model_copy(update=changes)
     with serve(config.store) as uri:
         store = Store(config.store, uri)
-        readable = And((rights(principal), live(version)))
         groups: dict[str, tuple[str, ...]] = {}
         chunks = []
-        for row in store.rows(knowledge.name, readable, (*COLUMNS, "groups")):
+        for row in store.rows(snapshot.collection, readable(principal, snapshot.reads), (*COLUMNS, "groups")):
             groups[row["doc_id"]] = tuple(row["groups"])
             chunks.append(Chunk(**{column: row[column] for column in COLUMNS}))
         if not chunks:
             raise NotFound(
-                f"knowledge '{knowledge.name}' v{version} holds nothing that tenant '{knowledge.tenant}' and groups "
+                f"knowledge '{knowledge.name}' v{snapshot.version} holds nothing that tenant '{knowledge.tenant}' and groups "
                 f"{', '.join(knowledge.groups)} may read; check knowledge.tenant and knowledge.groups",
                 param="knowledge.groups",
             )
-        retriever = Retriever(store, Embedder(resolve(config.embedder, config.models_cache), config.embedder))
+        reranker = load_reranker(config) if settings.rerank else None
+        retriever = Retriever(store, Embedders(config.embedder, config.models_cache), reranker)
 
         def retrieve(conversation: Sequence[dict[str, str]]) -> Sequence[Passage]:
             return retriever.retrieve(
                 search_query(conversation),
-                knowledge=knowledge.name,
-                version=version,
+                snapshot,
                 principal=principal,
                 settings=settings,
             ).passages
 
         try:
             ordered = tuple(sorted(chunks, key=lambda chunk: (chunk.doc_id, chunk.position)))
-            yield Live(version, ordered, retrieve, groups)
+            yield Live(snapshot.version, ordered, retrieve, groups)
         finally:
             store.close()

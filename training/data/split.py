@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from cluster.config import SplitConfig
 from cluster.errors import BadInput
-from training.data.duplicates import normal
+from retrieval.duplicates import normal
 from training.data.rows import AnyRow, Text
 
 NAMED = 3

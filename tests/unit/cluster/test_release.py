@@ -17,6 +17,7 @@ from cluster.release import (
     EmbedderRef,
     KnowledgeRef,
     Release,
+    RerankerRef,
     check_match,
     prompt_hash,
 )
@@ -128,3 +129,11 @@ def test_a_card_of_before_says_what_was_the_case_then() -> None:
     old["dataset"] = {"digest": "d", "rows": 3, "documents": []}
     assert AdapterCard.model_validate(old) == CARD
     assert (CARD.method, CARD.quantization, CARD.variant, CARD.objective) == ("lora", "none", "plain", "sft")
+
+
+def test_a_reranker_is_part_of_a_release_and_none_changes_nothing() -> None:
+    reranked = make(reranker=RerankerRef(source="org/cross-encoder", revision="abc"))
+    assert Release.model_validate(json.loads(reranked.model_dump_json())) == reranked
+    other = make(reranker=RerankerRef(source="org/cross-encoder", revision="abd"))
+    assert len({make().digest, reranked.digest, other.digest}) == 3
+    assert make().model_dump(mode="json")["reranker"] is None

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from cluster.release import BaseRef
 from cluster.storage import Storage
 from metier.__main__ import main
 from tests import trade
-from tests.trade import wait_for
+from tests.trade import Ran, wait_for
 from training import runs
 from training.history import History
 
@@ -45,17 +44,6 @@ with runs.claim(Storage(sys.argv[1]), sys.argv[2], {"recipe": "r", "adapter": "l
     print("claimed", flush=True)
     time.sleep(120)
 """
-
-
-@dataclass(frozen=True)
-class Ran:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
 
 
 class Terminal:

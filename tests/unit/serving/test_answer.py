@@ -9,24 +9,26 @@ import pytest
 
 from cluster.config import PromptConfig, RetrievalConfig
 from cluster.errors import ContextTooLong
-from retrieval.types import Passage, Principal, Retrieved
+from cluster.knowledge import KnowledgeVersion
+from retrieval.types import Passage, Principal, Retrieved, Snapshot
 from serving.answer import Done, Found, Part, Question, Text, answer
 from serving.engine.base import Delta, GenerateRequest, Sampling
 from serving.names import Resolved
+from tests import trade
 
 PROMPT = PromptConfig()
 PASSAGES = tuple(
     Passage(f"c{n}", f"d{n}", "Tariff", "", text, f"d{n}.md", 0, 0.9)
     for n, text in enumerate(["A trailer costs 5 crowns.", "Dogs stay on a lead."])
 )
+SNAPSHOT = Snapshot.of("docs", KnowledgeVersion(number=7, reads=7, created="", **trade.knowledge_entry()))
 QUESTION = Question(
     "r1",
     [{"role": "user", "content": "What does a trailer cost on the ferry?"}],
     Sampling(32, temperature=0.5, seed=4),
     Principal("acme", ("staff",)),
     Resolved("support@1", "a" * 64, None, PROMPT, RetrievalConfig(top_k=2, candidates=5)),
-    "docs",
-    7,
+    SNAPSHOT,
 )
 
 
@@ -92,8 +94,7 @@ def test_the_retriever_is_asked_as_the_question_says(tokenizer: Any) -> None:
     (asked,) = pipeline.retrieved
     assert asked == (
         "What does a trailer cost on the ferry?",
-        "docs",
-        7,
+        SNAPSHOT,
         Principal("acme", ("staff",)),
         RetrievalConfig(top_k=2, candidates=5),
     )
@@ -145,7 +146,7 @@ def test_a_generated_decline_is_known(tokenizer: Any, said: str, declined: bool)
 
 def test_a_closed_book_answer_asks_no_retriever(tokenizer: Any) -> None:
     pipeline = Pipeline(tokenizer)
-    parts = ask(pipeline, replace(QUESTION, knowledge=None))
+    parts = ask(pipeline, replace(QUESTION, snapshot=None))
     assert pipeline.retrieved == []
     assert parts[0] == Found(())
     assert done(parts).citations == ()

@@ -22,6 +22,7 @@ from serving.engine.base import Delta, GenerateRequest
 from serving.http import routes
 from serving.names import Names
 from serving.pipeline import Pipeline
+from tests import trade
 
 CONTRACT = Path(__file__).resolve().parents[4] / "shared" / "contracts" / "openai-openapi-2.3.0.json"
 PASSAGES = (
@@ -44,7 +45,7 @@ class Backend:
         self.error: Exception = Unavailable("the engine stopped")
         self.sent: list[GenerateRequest] = []
         registry = Registry(Storage(config.storage.url))
-        registry.knowledge_append("docs", {})
+        registry.knowledge_append("docs", trade.knowledge_entry())
         base = base_ref(config.base, directory)
         made = registry.create_release(
             "support",

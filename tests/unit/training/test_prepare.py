@@ -48,7 +48,7 @@ def test_rows_without_evidence_need_no_index_and_are_asked_as_without_retrieval(
 
 def test_rows_with_evidence_need_one(desk: Any, tokenizer: Any) -> None:
     config = desk(train=[row("r", "How much?", "5", evidence=[{"document": "d", "quote": "costs 5"}])])
-    with pytest.raises(NotFound, match="is empty; run `metier index` first"):
+    with pytest.raises(NotFound, match="is empty or not there; run `metier index`"):
         prepare(config, Registry(Storage.of(config.storage)), load(config), tokenizer)
 
 

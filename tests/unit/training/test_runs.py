@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from cluster.claim import LOST_S
 from cluster.config import Config
 from cluster.errors import BadInput, Mismatch, NotFound, Unavailable
 from cluster.registry import Log
@@ -109,7 +110,7 @@ def foreign(storage: Storage, name: str, *, age: float, **facts: Any) -> None:
 def test_of_drivers_that_start_at_once_exactly_one_has_the_run(storage: Storage, before: str) -> None:
     if before == "a dead driver":
         for number in range(ROUNDS):
-            foreign(storage, f"race-{number}", age=runs.LOST_S + 1)
+            foreign(storage, f"race-{number}", age=LOST_S + 1)
     begin = time.time() + 3  # Python starts meanwhile
     command = [sys.executable, "-c", RACER, storage.url, str(begin), str(ROUNDS)]
     pipe = subprocess.PIPE
@@ -155,7 +156,7 @@ def test_a_driver_on_another_host_lives_as_long_as_its_heartbeat(storage: Storag
     beat = {"attempt": 1, "state": "training", "heartbeat": time.time() - 5}
     storage.write("runs/old/state.json", json.dumps(beat).encode())
     assert read(storage, "old").state == "training", "it is its heartbeat that counts"
-    storage.write("runs/old/state.json", json.dumps(beat | {"heartbeat": time.time() - runs.LOST_S - 1}).encode())
+    storage.write("runs/old/state.json", json.dumps(beat | {"heartbeat": time.time() - LOST_S - 1}).encode())
     assert read(storage, "old").state == "lost"
     with claim(storage, "old", FACTS) as run:
         assert run.attempt == 2
@@ -163,7 +164,7 @@ def test_a_driver_on_another_host_lives_as_long_as_its_heartbeat(storage: Storag
 
 def test_two_containers_with_one_host_name_are_two_hosts(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     with driver(storage, "lamps-1"):
-        monkeypatch.setattr(runs, "_pid_namespace", lambda: 1)
+        monkeypatch.setattr("cluster.claim.pid_namespace", lambda: 1)
         assert not runs.is_here(read(storage, "lamps-1"))
         with pytest.raises(Mismatch, match="is being trained"), claim(storage, "lamps-1", FACTS):
             pass

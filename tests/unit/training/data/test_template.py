@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import KnowledgeConfig
 from cluster.errors import BadInput, NotFound
 from retrieval.chunk import chunk as cut
 from retrieval.read import read
@@ -73,7 +74,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_templates_of_the_sample_trade_are_all_of_use() -> None:
     templates = read_templates(ROOT / "examples/corvane/templates.yaml")
-    documents, _ = read(str(ROOT / "examples/corvane/documents"))
+    documents, _ = read(KnowledgeConfig(documents=str(ROOT / "examples/corvane/documents")))
     chunks = [part for d in documents for part in cut(d, chunk_tokens=96, count_tokens=lambda text: len(text.split()))]
     for template in templates:
         assert any(flaw(pair) is None for pair in pairs(chunks, [template])), template.question

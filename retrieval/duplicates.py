@@ -6,19 +6,26 @@ signatures agree. The shingles of a text are made again when they are needed, so
 (512 bytes), the bands of one pass and the pairs found. The result does not depend on chance: the permutations are
 seeded.
 
+Training looks at rows with it, ingestion at documents (:func:`drop_duplicates`).
+
 Not covered: copies in other words or in another language. In a band that more than :data:`CROWD` different texts
 share, each is compared with the first so many only, so that templated rows do not cost the square of their number.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from datasketch import MinHash
+
+from retrieval.read.base import Problem
+from retrieval.types import Document
 
 SHINGLE = 5
 """Characters of a shingle."""
@@ -30,6 +37,9 @@ SLACK = 0.15
 CROWD = 500
 """Texts of one band that the others of it are compared with."""
 SEED = 17
+LONG = 1_000
+"""Characters from which shingles are compared by 64-bit hashes, which take a tenth of the memory."""
+CODE = re.compile(r"\S*\d\S*")
 Update = Callable[[int, int | None, str], None]
 """``update(done, total, note)`` of a progress bar."""
 
@@ -54,6 +64,50 @@ _LETTERS = _Letters()
 def normal(text: str) -> str:
     """`text` as it is compared: NFKC, case folded, without punctuation and control characters, single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().translate(_LETTERS).split())
+
+
+def drop_duplicates(documents: Sequence[Document], similarity: float) -> tuple[list[Document], list[Problem]]:
+    """`documents` without those that repeat one before them, and these as problems.
+
+    A copy equals the other after :func:`normal`; a near copy has that `similarity` and names the same numbers, since
+    two tariffs of one form are two documents. Only documents that the same groups may read are compared: of two with
+    other rights, whoever may read one would lose the other.
+
+    Args:
+        similarity: Jaccard similarity of shingles from which two documents count as the same; 1 is copies only.
+    """
+    alike: dict[tuple[str, ...] | None, list[int]] = defaultdict(list)
+    for place, document in enumerate(documents):
+        alike[document.groups].append(place)
+    repeats: dict[int, tuple[int, float]] = {}
+    for places in alike.values():
+        for first, later, value in _repeats([documents[place].text for place in places], similarity):
+            repeats[places[later]] = (places[first], value)
+    problems = [
+        _repetition(documents[later], documents[repeats[later][0]], repeats[later][1]) for later in sorted(repeats)
+    ]
+    return [document for place, document in enumerate(documents) if place not in repeats], problems
+
+
+def _repeats(texts: Sequence[str], threshold: float) -> Iterator[tuple[int, int, float]]:
+    """(kept text, later text that repeats it, similarity), each later one once."""
+    if threshold == 1:
+        yield from ((first, later, 1.0) for first, later in copies(texts))
+        return
+    standing: dict[int, int] = {}  # text that repeats another -> the one that is kept
+    equal = {later for _, later in copies(texts)}
+    for first, later, value in sorted(near(texts, threshold), key=lambda pair: (pair[1], pair[0])):
+        if later in standing or (first in standing and later not in equal):
+            continue  # what a copy that is left out resembles may be unlike the one that stays
+        if later not in equal and CODE.findall(normal(texts[first])) != CODE.findall(normal(texts[later])):
+            continue
+        standing[later] = standing.get(first, first)
+        yield standing[later], later, value
+
+
+def _repetition(document: Document, kept: Document, value: float) -> Problem:
+    how = "says the same as" if value == 1 else f"says nearly the same ({value:.0%}) as"
+    return Problem(document.source, f"'{document.doc_id}' {how} '{kept.doc_id}' ({kept.source}), which is kept")
 
 
 def copies(texts: Sequence[str]) -> list[tuple[int, int]]:
@@ -95,9 +149,15 @@ def near_to(
 
 def similarity(left: str, right: str) -> float:
     """Jaccard similarity of the shingles of two texts in the form of :func:`normal`; 0.0 if one has none."""
-    a, b = _shingles(left), _shingles(right)
-    both = len(a & b)
-    return both / (len(a) + len(b) - both) if both else 0.0
+    if max(len(left), len(right)) < LONG:
+        a, b = _shingles(left), _shingles(right)
+        both = len(a & b)
+        return both / (len(a) + len(b) - both) if both else 0.0
+    if not left or not right:
+        return 0.0
+    x, y = np.unique(_hashes(left)), np.unique(_hashes(right))
+    shared = len(np.intersect1d(x, y, assume_unique=True))
+    return shared / (len(x) + len(y) - shared)
 
 
 def _places(texts: Sequence[str]) -> dict[str, list[int]]:
@@ -167,15 +227,21 @@ def _candidates(band: Any) -> Iterator[tuple[Any, Any]]:
 def _signature(form: str, empty: MinHash) -> Any:
     """MinHash values of the shingles of `form`; 64 thousand shingles at a time, so that a book fits too."""
     sketch = empty.copy()
+    hashes = _hashes(form)
+    for start in range(0, len(hashes), 1 << 16):
+        sketch.update_batch((hashes[start : start + (1 << 16)] & np.uint64(0xFFFFFFFF)).tolist())
+    return sketch.hashvalues
+
+
+def _hashes(form: str) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A 64-bit hash of each shingle of `form`, in order."""
     codes = np.frombuffer(form.encode("utf-32-le", "surrogatepass"), dtype=np.uint32).astype(np.uint64)
     size = min(SHINGLE, len(codes))
     hashes = np.zeros(len(codes) - size + 1, dtype=np.uint64)
     for offset in range(size):
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + codes[offset : offset + len(hashes)]
     hashes ^= hashes >> np.uint64(29)
-    for start in range(0, len(hashes), 1 << 16):
-        sketch.update_batch((hashes[start : start + (1 << 16)] & np.uint64(0xFFFFFFFF)).tolist())
-    return sketch.hashvalues
+    return hashes
 
 
 @lru_cache(maxsize=4096)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from training.data import duplicates
-from training.data.duplicates import copies, near, near_to, normal, similarity
+from retrieval import duplicates
+from retrieval.duplicates import copies, drop_duplicates, near, near_to, normal, similarity
+from retrieval.types import Document
 
 WORDS = [f"{first}{second}{third}" for first in ("ka", "lo", "mi", "ter") for second in ("dor", "vel", "sen", "bra") for third in ("a", "ing", "s", "on")]  # fmt: skip
 
@@ -118,3 +119,68 @@ def test_near_is_above_the_threshold_and_in_order(texts: list[str]) -> None:
     assert all(i < j and value >= 0.8 for i, j, value in found)
     assert found == sorted(found)
     assert {(i, j) for i, j, value in found if value == 1.0} >= set(copies(texts))
+
+
+def document(name: str, text: str, groups: tuple[str, ...] | None = None) -> Document:
+    return Document(name, name, text, f"{name}.md", groups=groups)
+
+
+def prose(seed: int, words: int) -> list[str]:
+    chance = random.Random(seed)
+    return ["".join(chance.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(words)]
+
+
+def kept(documents: list[Document], threshold: float = 0.9) -> tuple[list[str], dict[str, str]]:
+    left, problems = drop_duplicates(documents, threshold)
+    return [each.doc_id for each in left], {problem.source: problem.reason for problem in problems}
+
+
+def test_the_first_of_equal_documents_stays_and_the_others_name_it() -> None:
+    names, problems = kept([document("a", "A ferry."), document("b", "a  FERRY"), document("c", "Another ferry.")])
+    assert names == ["a", "c"]
+    assert problems == {"b.md": "'b' says the same as 'a' (a.md), which is kept"}
+
+
+def test_near_copies_of_documents_go_from_the_similarity_that_is_set() -> None:
+    words = text(random.Random(6), 300).split()
+    one, two = document("one", " ".join(words)), document("two", " ".join([*words[:-1], "otherwise"]))
+    names, problems = kept([one, two], 0.95)
+    assert names == ["one"] and "nearly the same (9" in problems["two.md"]
+    assert kept([one, two], 1)[0] == ["one", "two"]
+    assert kept([one, document("copy", one.text.upper())], 1)[0] == ["one"]
+
+
+def test_documents_that_name_other_numbers_are_not_near_copies() -> None:
+    words = text(random.Random(7), 300)
+    assert kept([document("r1", f"{words} costs 40 crowns"), document("r4", f"{words} costs 45 crowns")])[0] == [
+        "r1",
+        "r4",
+    ]
+
+
+def test_copies_for_other_groups_stay() -> None:
+    same = [
+        document("open", "A ferry."),
+        document("crew", "A ferry.", ("crew",)),
+        document("crew2", "A ferry.", ("crew",)),
+    ]
+    assert kept(same)[0] == ["open", "crew"]
+
+
+def test_what_resembles_only_a_document_that_was_left_out_stays() -> None:
+    words, others = prose(8, 200), prose(9, 200)
+    a, b, c = (
+        document(name, " ".join(words[:end] + others[end:])) for name, end in (("a", 200), ("b", 195), ("c", 190))
+    )
+    assert {(i, j) for i, j, _ in near([a.text, b.text, c.text], 0.93)} == {(0, 1), (1, 2)}
+    assert kept([a, b, c, document("copy of b", b.text)], 0.93)[0] == ["a", "c"]
+
+
+def test_long_and_short_texts_have_the_same_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    words, others = prose(10, 200), prose(11, 100)
+    left, right = " ".join(words), " ".join(words[:100] + others)
+    measured = similarity(left, right)
+    monkeypatch.setattr(duplicates, "LONG", 10**9)
+    assert similarity(left, right) == measured
+    assert 0.3 < measured < 0.4
+    assert similarity("", left) == 0
