@@ -531,25 +531,75 @@ class StageConfig(Section):
         return self
 
 
+class LimitsConfig(Section):
+    """What one request may ask of a generator; more is refused with a sentence."""
+
+    max_tokens: int = Field(4096, ge=1)
+    """Longest answer."""
+    n: int = Field(4, ge=1)
+    """Answers to one prompt."""
+    stop: int = Field(4, ge=0)
+    """Stop strings."""
+    stop_chars: int = Field(64, ge=1)
+    """Length of a stop string."""
+    logprobs: int = Field(20, ge=0)
+    """Likeliest tokens shown beside each token."""
+    logit_bias: int = Field(300, ge=0)
+    """Tokens with a bias."""
+    grammar_bytes: int = Field(65536, ge=1)
+    """Size of a JSON schema or regular expression."""
+
+
 class GeneratorConfig(StageConfig):
     """The generator stage: the engine that decodes for the base model and many adapters."""
 
-    engine: Literal["native", "echo"] = "native"
-    """`native` decodes with transformers modules; `echo` answers deterministically without torch (load tests)."""
+    engine: Literal["native", "vllm", "echo"] = "native"
+    """`native` decodes with transformers modules and kernels of our own; `vllm` needs the extra of that name; `echo` answers deterministically without torch (load tests)."""
+    quantization: Literal["none", "int8", "int4", "nf4"] = "none"
+    """Precision of the base's weights while serving: `int8` and `int4` by our CPU kernels, `int8` and `nf4` by bitsandbytes on GPUs and with `kernels: off`; `none` keeps `base.dtype`. Adapters stay in `base.dtype`."""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Our fused CPU kernels for models of Llama's shape: `auto` uses them where they can be, `on` fails where not, `off` runs transformers' modules. They are compiled once on each node and kept in `models_cache`."""
+    compile: bool = False
+    """Capture CUDA graphs of decode steps at start (GPUs only); takes some seconds more until the replica is healthy."""
     cpus: float = Field(1.0, ge=0)
     """CPUs reserved per replica."""
-    batch_size: int = Field(8, ge=1)
-    """Rows decoded together."""
-    batch_wait_ms: float = Field(5.0, ge=0)
-    """How long a first request waits for company before a batch starts."""
+    batch_size: int = Field(32, ge=1)
+    """Sequences decoded together."""
+    prefill_tokens: int = Field(512, ge=16)
+    """Prompt tokens computed in one step beside the sequences that decode; longer prompts are computed in chunks."""
+    page_tokens: int = Field(16, ge=1)
+    """Positions in a page of the key-value cache; prefixes are shared in whole pages."""
+    cache_bytes: int = Field(0, ge=0)
+    """Memory of the key-value cache; 0 takes `cache_share` of what is free after the model is loaded, and no more than `batch_size` whole contexts."""
+    cache_share: float = Field(0.5, gt=0, lt=1)
+    """See `cache_bytes`."""
+    prefix_cache: bool = True
+    """Keep keys and values of prompts that have ended, by adapter, while there is room."""
+    max_waiting: int = Field(256, ge=0)
+    """Requests that wait in the engine; more are refused with 429."""
+    stuck_s: float = Field(60.0, gt=0)
+    """A step that takes longer makes the replica unhealthy, and Serve replaces it."""
+    drain_s: float = Field(60.0, ge=0)
+    """How long a replica that is taken away may finish what runs."""
     threads: int = Field(0, ge=0)
-    """Torch threads; 0 takes all cores of the node."""
+    """Threads that compute; 0 takes all cores of the node."""
     max_rank: int = Field(64, ge=1, le=512)
     """Largest LoRA rank that is served; a run that trains a larger one is refused before it starts."""
     adapters_resident: int = Field(8, ge=1)
-    """Adapters kept in memory; least recently used ones that nobody uses leave first."""
+    """Adapters that decode without loading; least recently used ones that nobody uses leave first."""
+    adapters_host_bytes: int = Field(1 << 30, ge=0)
+    """Memory for adapters that wait outside the slots, read and checked."""
+    adapters_disk_bytes: int = Field(20 << 30, ge=0)
+    """Disk for adapter files on each node; least recently used ones leave first. 0: no bound."""
     warmup_adapters: tuple[str, ...] = ()
-    """Adapters loaded before the replica reports healthy."""
+    """Adapters (`name` or `name@version`) loaded before the replica reports healthy."""
+    pinned_adapters: tuple[str, ...] = ()
+    """The same, and they never leave."""
+    adapter_replicas: dict[str, int] = {}
+    """Least replicas that keep an adapter (`name` or `name@version`) ready whatever the demand, for an SLO."""
+    target_waiting_tokens: int = Field(0, ge=0)
+    """Tokens that wait per replica that autoscaling steers for; 0 scales by requests in flight (`target_ongoing_requests`)."""
+    limits: LimitsConfig = LimitsConfig()
 
 
 class ServingConfig(Section):

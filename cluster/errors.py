@@ -119,6 +119,15 @@ class Overloaded(MetierError):
     code = "overloaded"
 
 
+class DeadlineExceeded(MetierError):
+    """The answer was not complete in the time it was given."""
+
+    exit_code = 7
+    http_status = 504
+    error_type = "server_error"
+    code = "deadline_exceeded"
+
+
 def exit_codes() -> dict[int, str]:
     """Exit codes of the command line and what they mean, for ``docs`` and ``--help``."""
     return {
@@ -129,7 +138,7 @@ def exit_codes() -> dict[int, str]:
         4: "mismatch or conflict: an adapter and its base, a digest, a lock held by another process",
         5: "unreachable: Milvus, Ray, the object store, a model source",
         6: "not enough: CPUs, GPUs, disk, a free port",
-        7: "overloaded: try again",
+        7: "overloaded, or not done in time: try again",
         8: "diverged: the loss of a training run is not a number any more",
         129: "the terminal was closed",
         130: "interrupted",
