@@ -25,6 +25,7 @@ from pydantic import (
     SerializationInfo,
     ValidationError,
     field_serializer,
+    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -556,11 +557,11 @@ class GeneratorConfig(StageConfig):
     engine: Literal["native", "vllm", "echo"] = "native"
     """`native` decodes with transformers modules and kernels of our own; `vllm` needs the extra of that name; `echo` answers deterministically without torch (load tests)."""
     quantization: Literal["none", "int8", "int4", "nf4"] = "none"
-    """Precision of the base's weights while serving: `int8` and `int4` by our CPU kernels, `int8` and `nf4` by bitsandbytes on GPUs and with `kernels: off`; `none` keeps `base.dtype`. Adapters stay in `base.dtype`."""
+    """Precision of the base's weights while serving: `int8` and `int4` by our CPU kernels, `int8` and `nf4` by bitsandbytes on GPUs and with `kernels: off` (`int8` without outlier columns, so that an answer does not depend on its company); `none` keeps `base.dtype`. Adapters stay in `base.dtype`."""
     kernels: Literal["auto", "on", "off"] = "auto"
     """Our fused CPU kernels for models of Llama's shape: `auto` uses them where they can be, `on` fails where not, `off` runs transformers' modules. They are compiled once on each node and kept in `models_cache`."""
     compile: bool = False
-    """Capture CUDA graphs of decode steps at start (GPUs only); takes some seconds more until the replica is healthy."""
+    """`vllm`: torch.compile and CUDA graphs, for a start that takes longer. The `native` engine has neither."""
     cpus: float = Field(1.0, ge=0)
     """CPUs reserved per replica."""
     batch_size: int = Field(32, ge=1)
@@ -576,7 +577,7 @@ class GeneratorConfig(StageConfig):
     prefix_cache: bool = True
     """Keep keys and values of prompts that have ended, by adapter, while there is room."""
     max_waiting: int = Field(256, ge=0)
-    """Requests that wait in the engine; more are refused with 429."""
+    """Answers that wait in the engine beyond the `batch_size` that decode; more are refused with 429."""
     stuck_s: float = Field(60.0, gt=0)
     """A step that takes longer makes the replica unhealthy, and Serve replaces it."""
     drain_s: float = Field(60.0, ge=0)
@@ -600,6 +601,12 @@ class GeneratorConfig(StageConfig):
     target_waiting_tokens: int = Field(0, ge=0)
     """Tokens that wait per replica that autoscaling steers for; 0 scales by requests in flight (`target_ongoing_requests`)."""
     limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("kernels", mode="before")
+    @classmethod
+    def _name(cls, value: Any) -> Any:
+        """YAML takes a bare `on` or `off` for a truth value."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
 
 class ServingConfig(Section):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from cluster.errors import ConfigError, Mismatch
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 """Kinds of layers that keep keys and values; the native engine holds a cache for no other."""
-WINDOWS = ("sliding_window", "attention_chunk_size")
-"""Settings of models whose layers only look back so many tokens, which the native engine's mask does not know."""
+UNTOLD = {"doge", "phimoe", "qwen2_moe"}
+"""Kinds of models whose layers do not tell the attention function of their sliding window, as the others do."""
+DYNAMIC = ("dynamic", "longrope")
+"""Rotary positions that turn with the longest sequence of a pass, so that sequences of one pass would change each other."""
 
 
 def check_servable(config: Config, base_directory: Path) -> None:
@@ -115,16 +117,27 @@ def _check_engine(config: Config, model: Any, settings: Any) -> None:
             "adapters could not be served; choose another base, or set training.publish=model and serve it elsewhere",
             param="base.source",
         )
-    kinds = set(getattr(settings, "layer_types", None) or ["sliding_attention"])
-    for key in WINDOWS:
-        window = getattr(settings, key, None)
-        if window and kinds != {"full_attention"} and config.base.context_tokens > window:
+    for most, key in _reaches(model, settings):
+        if config.base.context_tokens > most:
             raise ConfigError(
-                f"base.context_tokens ({config.base.context_tokens}) is more than the {window} tokens that layers of "
-                f"{config.base.source} look back ({key}), which the native engine does not limit; set "
-                f"base.context_tokens={window} or less",
+                f"base.context_tokens ({config.base.context_tokens}) is more than the {most} tokens to which the native "
+                f"engine runs {config.base.source} as it was trained ({key}); set base.context_tokens={most} or less",
                 param="base.context_tokens",
             )
+
+
+def _reaches(model: Any, settings: Any) -> Iterator[tuple[int, str]]:
+    """Lengths up to which layers that the native engine takes for ordinary ones are ordinary, and the settings that say so."""
+    kinds = set(getattr(settings, "layer_types", None) or ["sliding_attention"])
+    windows = {"attention_chunk_size"} | ({"sliding_window"} if settings.model_type in UNTOLD else set())
+    for key in sorted(windows):
+        if getattr(settings, key, None) and kinds != {"full_attention"}:
+            yield getattr(settings, key), key
+    rope = getattr(settings, "rope_parameters", None) or {}
+    for about in rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]:
+        if about.get("rope_type") in DYNAMIC:
+            most = about.get("original_max_position_embeddings") or settings.max_position_embeddings
+            yield most, f"{about['rope_type']} rotary positions"
 
 
 def _unserved(model: Any, settings: Any) -> str:
@@ -136,10 +149,8 @@ def _unserved(model: Any, settings: Any) -> str:
         return "keeps compressed keys and values (multi-head latent attention)"
     if not getattr(model, "_supports_attention_backend", False):
         return "computes its attention itself"
-    if getattr(settings, "num_key_value_heads", None) is None:
-        return "does not say num_key_value_heads"
-    if getattr(settings, "attn_logit_softcapping", None):
-        return "caps its attention scores (attn_logit_softcapping)"
-    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
-        return "has attention sinks"
+    if getattr(model, "_is_stateful", False):
+        return "keeps a state that is not made of keys and values"
+    if getattr(settings, "num_kv_shared_layers", 0):
+        return "shares keys and values between layers"
     return ""

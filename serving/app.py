@@ -1,8 +1,8 @@
 """The Ray Serve application: ingress, retriever and generator, each a deployment that scales by itself. Thin.
 
 ``build`` is the import path of a RayService (``serving.app:build`` with ``args: {config: …}``) and what ``metier up``
-runs. The work is done in :mod:`serving.pipeline`, :mod:`retrieval.retriever` and :mod:`serving.engine`; here it is
-only placed on replicas.
+runs. The work is done in :mod:`serving.pipeline`, :mod:`retrieval.retriever` and :mod:`serving.generator`; here it
+is only placed on replicas.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ import asyncio
 import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict
 from ray import serve
-from ray.exceptions import RayTaskError
-from ray.serve.exceptions import BackPressureError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from cluster import log as logs
-from cluster.config import Config, RetrievalConfig, StageConfig, from_json, load, to_json
-from cluster.errors import MetierError, Overloaded
+from cluster.config import Config, GeneratorConfig, RetrievalConfig, StageConfig, from_json, load, to_json
+from cluster.errors import MetierError, Overloaded, Unavailable
 from cluster.knowledge import EmbedderState
 from cluster.models import base_ref, load_tokenizer, resolve
 from cluster.registry import Registry
@@ -39,16 +41,26 @@ from retrieval.rerank import load_reranker
 from retrieval.retriever import Retriever
 from retrieval.store import Store
 from retrieval.types import Principal, Retrieved, Snapshot
-from serving.engine.base import Delta, Engine, GenerateRequest
+from serving.engine.base import Delta, GenerateRequest
+from serving.generator import GeneratorReplica
 from serving.http import routes
 from serving.knowledge.api import KnowledgeApi
 from serving.knowledge.backend import Backend
 from serving.knowledge.library import Held, Indexed, IndexJob, Library
 from serving.names import Names
 from serving.pipeline import Pipeline
+from serving.reporting import Reporter
+from serving.scaling import WAITING_TOKENS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+REPORT_S = 1.0
+"""How often a generator replica tells routers how it is doing."""
+NAMES_S = 10.0
+"""How long the digests of the names in ``adapter_replicas`` are believed."""
+STOP_S = 5.0
+"""Time to stop the engine, after the running answers were given theirs."""
 
 
 class AppArgs(BaseModel):
@@ -71,7 +83,7 @@ def application(config: Config) -> serve.Application:
     """The three deployments of `config`, bound together. ``store.uri`` must be an address by now."""
     text, stages = to_json(config), config.serving
     retriever = serve.deployment(RetrieverReplica).options(**options("retriever", stages.retriever)).bind(text)
-    generator = serve.deployment(GeneratorReplica).options(**options("generator", stages.generator)).bind(text)
+    generator = serve.deployment(Generator).options(**generator_options(stages.generator)).bind(text)
     return serve.deployment(Ingress).options(**options("ingress", stages.ingress)).bind(text, retriever, generator)
 
 
@@ -93,6 +105,31 @@ def options(name: str, stage: StageConfig) -> dict[str, Any]:
             "num_gpus": stage.gpus,
             **({"memory": stage.memory_bytes} if stage.memory_bytes else {}),
         },
+    }
+
+
+def generator_options(stage: GeneratorConfig) -> dict[str, Any]:
+    """The same for the generator: who gets a request, when to scale, when a replica is given up, how it ends."""
+    chosen = options("generator", stage)
+    if stage.target_waiting_tokens:
+        chosen["autoscaling_config"] |= {
+            "policy": {
+                "policy_function": "serving.scaling:WaitingTokens",
+                "policy_kwargs": {"target_waiting_tokens": stage.target_waiting_tokens},
+            },
+            "metrics_interval_s": 2.0,
+            "look_back_period_s": 10.0,
+        }
+    return chosen | {
+        "request_router_config": RequestRouterConfig(
+            request_router_class="serving.router:AdapterRouter",
+            request_router_kwargs={"batch": stage.batch_size},
+            request_routing_stats_period_s=REPORT_S,
+        ),
+        "health_check_period_s": min(10.0, stage.stuck_s),
+        "health_check_timeout_s": min(30.0, stage.stuck_s),
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "graceful_shutdown_timeout_s": stage.drain_s + STOP_S,
     }
 
 
@@ -158,44 +195,66 @@ class RetrieverReplica:
         return await asyncio.get_running_loop().run_in_executor(self.pool, call)
 
 
-class GeneratorReplica:
-    """Token ids -> deltas, for the base model and every adapter of the registry."""
+class Generator(GeneratorReplica):
+    """The generator as Serve runs it: it also says how it is doing, to routers and to the autoscaler."""
 
     def __init__(self, config_json: str) -> None:
-        config = from_json(config_json)
-        logs.setup(config.logging)
-        self.registry = Registry(Storage.of(config.storage))
-        self.adapters = Path(config.models_cache) / "adapters"
-        self.engine = make_engine(config)
-        self.engine.start()
-        for ref in config.serving.generator.warmup_adapters:
-            digest = self.registry.adapter(ref).digest
-            self.engine.add_adapter(digest, self.registry.fetch_adapter(digest, self.adapters))
+        super().__init__(config_json)
+        self.reporter = Reporter()
+        self._streams: set[asyncio.Task[Any]] = set()
+        self._given_up: MetierError | None = None
+        self._least: tuple[float, dict[str, int]] = (0.0, {})
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
-        if request.adapter is not None:
-            directory = await asyncio.to_thread(self.registry.fetch_adapter, request.adapter, self.adapters)
-            self.engine.add_adapter(request.adapter, directory)
-        async for delta in self.engine.generate(request):
-            yield delta
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[Delta, None]:
+        tokens = len(request.token_ids)
+        stream = asyncio.current_task()
+        assert stream is not None
+        self._streams.add(stream)
+        try:
+            async with aclosing(super().generate(request)) as deltas:
+                async for delta in deltas:
+                    tokens += len(delta.token_ids) - delta.cached_tokens
+                    yield delta
+        except asyncio.CancelledError:
+            if self._given_up is None:
+                raise
+            raise Unavailable(f"{self._given_up}; try again") from self._given_up
+        finally:
+            self._streams.discard(stream)
+            if request.adapter is not None:
+                self.reporter.demand.add(request.adapter, tokens)
 
-    def check_health(self) -> None:
-        self.engine.check_health()
+    async def check_health(self) -> None:  # type: ignore[override]
+        """Raise if this replica can serve no more, and end what runs on it: Serve would wait for that before it replaces it."""
+        try:
+            super().check_health()
+        except MetierError as error:
+            self._given_up = error
+            for stream in self._streams:
+                stream.cancel()
+            raise
+        self._given_up = None
 
-    def __del__(self) -> None:
-        if engine := getattr(self, "engine", None):
-            engine.stop()
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """Asked by Serve every :data:`REPORT_S`, given to all routers."""
+        return self.reporter.report(self.engine.stats(), await asyncio.to_thread(self._minimum))
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What :class:`serving.scaling.WaitingTokens` reads."""
+        return {WAITING_TOKENS: float(self.engine.stats().waiting_tokens)}
 
-def make_engine(config: Config) -> Engine:
-    """The engine that ``serving.generator.engine`` names."""
-    if config.serving.generator.engine == "echo":
-        from serving.engine.echo import EchoEngine
-
-        return EchoEngine()
-    from serving.engine.native import NativeEngine
-
-    return NativeEngine(config, resolve(config.base, config.models_cache))
+    def _minimum(self) -> dict[str, int]:
+        """``adapter_replicas`` by digest, looked up anew now and then: a name may have a new version."""
+        at, least = self._least
+        if self.settings.adapter_replicas and (not at or time.monotonic() > at + NAMES_S):
+            least = {}
+            for ref, count in self.settings.adapter_replicas.items():
+                try:
+                    least[self.registry.adapter(ref).digest] = count
+                except MetierError as error:
+                    log.warning("serving.generator.adapter_replicas: %s is not kept ready: %s", ref, error)
+            self._least = time.monotonic(), least
+        return least
 
 
 @serve.ingress()
@@ -210,7 +269,7 @@ class Ingress:
         names = Names(config, registry, base_ref(config.base, directory))
         if config.serving.release is not None:
             names.resolve(config.serving.release)
-        streaming = generator.options(stream=True)
+        streaming = generator.options(stream=True)  # from here on its router runs, and asks homes to keep adapters
 
         def remote(method: str) -> Callable[..., Awaitable[Any]]:
             async def call(*args: Any) -> Any:
@@ -219,22 +278,31 @@ class Ingress:
 
             return call
 
-        async def generate(request: GenerateRequest) -> AsyncIterator[Delta]:
-            deltas = streaming.generate.remote(request)
-            try:
-                with _from_replicas():
-                    async for delta in deltas:
-                        yield delta
-            finally:
-                deltas.cancel()
-
         tokenizer = load_tokenizer(directory, config.base.trust_remote_code)
-        self.pipeline = Pipeline(config, registry, names, tokenizer, remote("retrieve"), generate)
+        self.pipeline = Pipeline(
+            config, registry, names, tokenizer, remote("retrieve"), functools.partial(generate, streaming)
+        )
         backend = Backend(**{each.name: remote(each.name) for each in fields(Backend)})
         self.knowledge = KnowledgeApi(config, registry, backend)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return routes(self.pipeline, self.knowledge)
+
+
+async def generate(streaming: DeploymentHandle, request: GenerateRequest) -> AsyncIterator[Delta]:
+    """Deltas from whatever replica the router of `streaming` chooses.
+
+    Raises:
+        Unavailable: the replica ended before the answer was complete.
+        MetierError: what the replica raised.
+    """
+    deltas = streaming.generate.remote(request)
+    try:
+        with _from_replicas():
+            async for delta in deltas:
+                yield delta
+    finally:
+        deltas.cancel()
 
 
 @contextlib.contextmanager
@@ -246,5 +314,9 @@ def _from_replicas() -> Iterator[None]:
         if isinstance(error.cause, MetierError):
             raise error.cause from None
         raise
+    except RayActorError as error:
+        raise Unavailable("the replica that was answering ended before the answer was complete; try again") from error
+    except DeploymentUnavailableError as error:
+        raise Unavailable(f"a stage of the pipeline does not start; the log of Ray Serve says why ({error})") from error
     except BackPressureError:
         raise Overloaded("all replicas are busy and the queue is full; try again in a moment") from None

@@ -20,12 +20,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from cluster.errors import BadInput, MetierError, ModelNotFound, NotFound
-from serving.answer import Done, Found, Part, Question, Text
+from serving.answer import Answer, Done, Found, Part, Question, Text
 from serving.knowledge.api import KnowledgeApi
 from serving.knowledge.routes import router
 from serving.names import Served
-from serving.openai import ChatRequest, chunk, completion, context, error_body, file_citations, sse
+from serving.openai import ChatRequest, chunk, completion, context, error_body, file_citations, logprobs, sse
 from serving.pipeline import Pipeline
+from serving.text import Pieces
 
 log = logging.getLogger(__name__)
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -51,15 +52,16 @@ def routes(pipeline: Pipeline, knowledge: KnowledgeApi | None = None) -> FastAPI
     @api.post("/v1/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> JSONResponse | StreamingResponse:
         question = await asyncio.to_thread(pipeline.question, body, _request_id(request))
+        pieces = Pieces(pipeline.tokenizer) if question.sampling.logprobs is not None else None
         if body.stream:
-            parts = await _started(pipeline.parts(question))
+            parts = await _started(question, pipeline.parts(question))
             usage = bool(body.stream_options and body.stream_options.include_usage)
             return StreamingResponse(
-                _events(question, parts, usage),
+                _events(question, parts, usage, pieces),
                 media_type="text/event-stream",
                 headers=STREAM_HEADERS | _headers(question),
             )
-        return JSONResponse(await _whole(question, pipeline.parts(question)), headers=_headers(question))
+        return JSONResponse(await _whole(question, pipeline.parts(question), pieces), headers=_headers(question))
 
     if knowledge is not None:
         api.include_router(router(knowledge, lambda _: pipeline.principal))
@@ -84,46 +86,60 @@ def routes(pipeline: Pipeline, knowledge: KnowledgeApi | None = None) -> FastAPI
     return api
 
 
-async def _whole(question: Question, parts: AsyncGenerator[Part, None]) -> dict[str, Any]:
+async def _whole(question: Question, parts: AsyncGenerator[Part, None], pieces: Pieces | None) -> dict[str, Any]:
     found, done = Found(()), None
     async for part in parts:
         if isinstance(part, Found):
             found = part
         elif isinstance(part, Done):
             done = part
-    assert done is not None, "an answer ends with Done or raises"
+    assert done is not None, "what is asked ends with Done or raises"
     _log(question, done)
     return completion(
         question.request_id,
         question.resolved.model,
-        done.text,
-        done.finish_reason,
-        citations=done.citations,
+        done.answers,
         passages=found.passages,
+        pieces=pieces,
         usage=_usage(done),
         metier=_metier(question, found, done),
     )
 
 
-async def _events(question: Question, parts: AsyncGenerator[Part, None], include_usage: bool) -> AsyncIterator[str]:
-    """Role and citations, text, annotations with the finish reason, usage, ``[DONE]``; or an error and no ``[DONE]``."""
+async def _events(
+    question: Question, parts: AsyncGenerator[Part, None], include_usage: bool, pieces: Pieces | None
+) -> AsyncIterator[str]:
+    """Role and citations of each choice, text, annotations with the finish reason, usage, ``[DONE]``; or an error and
+    no ``[DONE]``. The last finish reason brings ``metier`` along."""
     created = int(time.time())
     found = Found(())
     usage: dict[str, Any] = {"usage": None} if include_usage else {}
+    ended: Answer | None = None
 
-    def event(delta: dict[str, Any] | None, finish: str | None = None, **extra: Any) -> str:
-        return sse(chunk(question.request_id, question.resolved.model, created, delta, finish, **(usage | extra)))
+    def event(delta: dict[str, Any] | None, **extra: Any) -> str:
+        return sse(chunk(question.request_id, question.resolved.model, created, delta, **(usage | extra)))
+
+    def end(answer: Answer, **extra: Any) -> str:
+        notes = {"annotations": file_citations(answer.citations)}
+        return event(notes, finish_reason=answer.finish_reason, index=answer.index, **extra)
 
     try:
         async for part in parts:
+            if ended is not None and not isinstance(part, Done):
+                yield end(ended)
+                ended = None
             if isinstance(part, Found):
                 found = part
-                yield event({"role": "assistant", "content": "", "context": context(part.passages)})
+                for index in range(question.sampling.n):
+                    yield event({"role": "assistant", "content": "", "context": context(part.passages)}, index=index)
             elif isinstance(part, Text):
-                yield event({"content": part.text})
+                told = logprobs(part.logprobs, pieces) if pieces is not None and part.logprobs else None
+                yield event({"content": part.text}, index=part.index, logprobs=told)
+            elif isinstance(part, Answer):
+                ended = part
             else:
-                metier = _metier(question, found, part)
-                yield event({"annotations": file_citations(part.citations)}, part.finish_reason, metier=metier)
+                assert ended is not None, "an answer ends before Done"
+                yield end(ended, metier=_metier(question, found, part))
                 if include_usage:
                     yield event(None, usage=_usage(part))
                 _log(question, part)
@@ -135,13 +151,20 @@ async def _events(question: Question, parts: AsyncGenerator[Part, None], include
         yield sse(error_body(_unknown()))
 
 
-async def _started(parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
-    """`parts` with its first part already there, so that what fails before it still gets a status of its own."""
-    first = await anext(parts)
+async def _started(question: Question, parts: AsyncGenerator[Part, None]) -> AsyncGenerator[Part, None]:
+    """`parts` with the first ones already there, so that what fails before them still gets a status of its own.
+
+    That is the first part alone, which comes before anything is generated; but a grammar and token ids are refused by
+    the engine, so with these the stream waits for the first text too.
+    """
+    first = [await anext(parts)]
+    if question.sampling.grammar is not None or question.sampling.logit_bias:
+        first.append(await anext(parts))
 
     async def chained() -> AsyncGenerator[Part, None]:
         async with aclosing(parts):
-            yield first
+            for part in first:
+                yield part
             async for part in parts:
                 yield part
 
@@ -205,11 +228,12 @@ def _headers(question: Question) -> dict[str, str]:
     return {"x-request-id": question.request_id} | ({"x-metier-release": release} if release else {})
 
 
-def _usage(done: Done) -> dict[str, int]:
+def _usage(done: Done) -> dict[str, Any]:
     return {
         "prompt_tokens": done.prompt_tokens,
         "completion_tokens": done.completion_tokens,
         "total_tokens": done.prompt_tokens + done.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": done.cached_tokens},
     }
 
 

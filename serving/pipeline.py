@@ -14,7 +14,7 @@ from cluster.registry import Registry
 from retrieval.prompt import Tokenizer
 from retrieval.types import Principal, Snapshot
 from serving.answer import Generate, Part, Question, Retrieve, answer
-from serving.engine.base import Sampling
+from serving.engine.limits import check_sampling
 from serving.names import Names, Resolved
 from serving.openai import ChatRequest, Rag
 
@@ -44,19 +44,21 @@ class Pipeline:
 
         Raises:
             ModelNotFound, Mismatch, BadInput: as :class:`serving.names.Names` and the knowledge asked for say.
+            BadInput: a field of how to answer is out of its bounds.
         """
+        sampling = body.sampling(self.config.serving.max_tokens)
+        check_sampling(sampling, self.config.serving.generator.limits)
         resolved = self.names.resolve(body.model)
         return Question(
             request_id=request_id,
             conversation=body.conversation,
-            sampling=Sampling(
-                body.answer_tokens or self.config.serving.max_tokens, body.temperature, body.top_p, body.seed
-            ),
+            sampling=sampling,
             principal=self.principal,
             resolved=resolved,
             snapshot=self._snapshot(body.rag, resolved),
             top_k=body.rag.top_k if body.rag else None,
             stream=body.stream,
+            deadline_s=self.config.serving.request_timeout_s,
         )
 
     async def parts(self, question: Question) -> AsyncGenerator[Part, None]:

@@ -30,6 +30,7 @@ HOMES = {
         "training/group.py",
         "training/sft.py",
         "serving/app.py",
+        "serving/router.py",
         "serving/up.py",
     },
     "pymilvus": {"retrieval/store.py", "retrieval/calls.py", "retrieval/collection.py"},
@@ -54,7 +55,8 @@ HOMES = {
     "huggingface_hub": {"cluster/models.py", "cluster/hub.py"},
     "fsspec": {"cluster/storage.py", "retrieval/read/places.py"},
     "fastapi": {"serving/app.py", "serving/http.py", "serving/knowledge/routes.py"},
-    "vllm": set(),
+    "vllm": {"serving/engine/vllm.py"},
+    "llguidance": {"serving/engine/native/grammar.py"},
     "typer": {"metier/*"},
     "rich": {"metier/console.py"},
 }

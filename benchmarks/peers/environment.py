@@ -18,7 +18,7 @@ NEEDED_BYTES = 4 << 30
 """What an environment with PyTorch for the CPU takes, and as much again while pip unpacks it."""
 
 
-UNLOADABLE = ("torchvision", "torchaudio")
+UNLOADABLE = ("torchvision", "torchaudio", "torchcodec")
 """Taken out again: their wheels on the package index are built for CUDA and fail to load beside PyTorch for the CPU."""
 
 
@@ -28,12 +28,10 @@ def python(name: str) -> Path:
     Raises:
         RuntimeError: the disk has not enough room, or pip failed; the message ends with what pip said last.
     """
-    requirements = Path(__file__).with_name(f"{name}.txt")
-    version = hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]
-    directory = CACHE / f"{name}-{version}"
-    interpreter, finished = directory / "bin" / "python", directory / "finished"
-    if finished.exists():
+    if interpreter := made(name):
         return interpreter
+    requirements, directory = _paths(name)
+    interpreter, finished = directory / "bin" / "python", directory / "finished"
     CACHE.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(CACHE).free) < NEEDED_BYTES:
         raise RuntimeError(
@@ -48,3 +46,25 @@ def python(name: str) -> Path:
             raise RuntimeError(f"pip could not {arguments[0]} for {name}: {done.stderr.strip()[-500:]}")
     finished.touch()
     return interpreter
+
+
+def made(name: str) -> Path | None:
+    """The interpreter of the environment of peer `name` if it is there already."""
+    _, directory = _paths(name)
+    return directory / "bin" / "python" if (directory / "finished").exists() else None
+
+
+def tcmalloc() -> Path | None:
+    """Debian's ``libtcmalloc_minimal``, unpacked beside the environments, not installed; ``None`` where apt has none."""
+    directory = CACHE / "tcmalloc"
+    if not directory.exists():
+        directory.mkdir(parents=True)
+        for command in ("apt-get download libtcmalloc-minimal4", "dpkg-deb --extract *.deb ."):
+            subprocess.run(["sh", "-c", command], cwd=directory, capture_output=True)
+    return next(directory.rglob("libtcmalloc_minimal.so.4"), None)
+
+
+def _paths(name: str) -> tuple[Path, Path]:
+    """Requirements and directory of an environment."""
+    requirements = Path(__file__).with_name(f"{name}.txt")
+    return requirements, CACHE / f"{name}-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"

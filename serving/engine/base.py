@@ -120,6 +120,8 @@ class EngineStats:
     preemptions: int = 0
     adapter_loads: int = 0
     """Times an adapter was read from disk."""
+    adapter_load_s: float = 0.0
+    """Seconds that those reads took, all of them together."""
 
 
 class Engine(Protocol):

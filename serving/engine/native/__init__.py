@@ -1,9 +1,6 @@
-"""The default engine: transformers modules under continuous batching.
+"""The default engine: continuous batching over pages of keys and values, many adapters in one pass.
 
-``engine`` is the step loop and its queue, ``cache`` the preallocated keys and values, ``attention`` how rows read
-them, ``adapters`` which LoRA adapters are in memory, ``sampling`` how the next token is chosen.
+``engine`` is the thread and its queue; ``scheduler`` decides who computes what, over ``pages`` and in ``turns``;
+``executor`` is the seam to what computes (``modules`` or ``fused``, chosen by ``load``); ``sampling`` and ``grammar``
+choose tokens; ``residency`` knows where adapters are; ``delivery`` brings deltas to event loops.
 """
-
-from serving.engine.native.engine import NativeEngine
-
-__all__ = ["NativeEngine"]

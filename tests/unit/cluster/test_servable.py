@@ -96,9 +96,7 @@ def test_a_stretched_context_counts_as_stretched(make_config: Make, base: Callab
 @pytest.mark.parametrize(
     ("kind", "settings", "said"),
     [
-        ("gpt_neox", {"num_key_value_heads": None}, "(gpt_neox) does not say num_key_value_heads"),
-        ("gemma2", {"head_dim": 16}, "(gemma2) caps its attention scores"),
-        ("gpt_oss", {"head_dim": 16, "num_local_experts": 4}, "(gpt_oss) has attention sinks"),
+        ("gemma3n_text", {"head_dim": 16, "num_kv_shared_layers": 1}, "shares keys and values between layers"),
         ("bloom", {}, "(bloom) computes its attention itself"),
         ("deepseek_v3", {"n_routed_experts": 4, "first_k_dense_replace": 2}, "keeps compressed keys and values"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "has layers of the kind conv"),
@@ -113,20 +111,53 @@ def test_a_base_that_the_engine_does_not_run_is_refused_for_adapters_only(
     check_servable(make_config("training.publish=model"), directory)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "mixtral", "phi3", "gemma", "granite", "smollm3", "olmo2", "starcoder2"])
-def test_common_kinds_pass(make_config: Make, base: Callable[..., Path], kind: str) -> None:
-    check_servable(make_config(), base(kind, head_dim=16, pad_token_id=0))
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *((kind, {}) for kind in ("qwen3", "mixtral", "phi3", "gemma", "granite", "smollm3", "olmo2", "starcoder2")),
+        *((kind, {}) for kind in ("gpt_neox", "opt")),
+        ("mistral", {"sliding_window": 64}),
+        ("gemma2", {"attn_logit_softcapping": 50.0, "sliding_window": 64}),
+        ("gemma3_text", {"sliding_window": 64}),
+        ("gpt_oss", {"num_local_experts": 4, "sliding_window": 64}),
+    ],
+)
+def test_common_kinds_pass(make_config: Make, base: Callable[..., Path], kind: str, settings: dict[str, Any]) -> None:
+    check_servable(make_config(), base(kind, **{"head_dim": 16, "pad_token_id": 0, **settings}))
 
 
-def test_layers_that_look_back_less_than_the_context_are_refused_with_the_number(
-    make_config: Make, base: Callable[..., Path]
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("phimoe", {"sliding_window": 1024, "num_local_experts": 4}, "sliding_window"),
+        (
+            "phi3",
+            {"rope_parameters": LONGROPE, "original_max_position_embeddings": 1024, "pad_token_id": 0},
+            "longrope rotary positions",
+        ),
+        ("llama4_text", {"attention_chunk_size": 1024, "num_local_experts": 2}, "attention_chunk_size"),
+    ],
+)
+def test_a_context_beyond_what_the_engine_runs_exactly_is_refused_with_the_number(
+    make_config: Make, base: Callable[..., Path], kind: str, settings: dict[str, Any], said: str
 ) -> None:
-    directory = base("mistral", sliding_window=1024)
+    directory = base(kind, **settings)
     check_servable(
         make_config("base.context_tokens=1024", "prompt.passage_tokens=256", "training.max_tokens=512"), directory
     )
-    said = refused(make_config(), directory, ConfigError)
-    assert "more than the 1024 tokens" in said and "set base.context_tokens=1024 or less" in said
+    message = refused(make_config(), directory, ConfigError)
+    assert f"more than the 1024 tokens to which the native engine runs tiny:llama as it was trained ({said})" in message
+    assert "set base.context_tokens=1024 or less" in message
 
 
 def test_a_window_that_no_layer_uses_does_not_count(make_config: Make, base: Callable[..., Path]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import openai
 import pytest
 
 from cluster.config import Config, RetrievalConfig
-from cluster.errors import Overloaded, Unavailable
+from cluster.errors import BadInput, Overloaded, Unavailable
 from cluster.models import base_ref
 from cluster.registry import Registry
 from cluster.release import EmbedderRef, KnowledgeRef, Release
 from cluster.storage import Storage
 from retrieval.types import Passage, Retrieved
-from serving.engine.base import Delta, GenerateRequest
+from serving.engine.base import Delta, GenerateRequest, Grammar, TokenLogprob
 from serving.http import routes
 from serving.names import Names
 from serving.pipeline import Pipeline
@@ -44,6 +45,7 @@ class Backend:
         self.fail_after: int | None = None
         self.error: Exception = Unavailable("the engine stopped")
         self.sent: list[GenerateRequest] = []
+        self.refuses: Exception | None = None
         registry = Registry(Storage(config.storage.url))
         registry.knowledge_append("docs", trade.knowledge_entry())
         base = base_ref(config.base, directory)
@@ -66,11 +68,17 @@ class Backend:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta]:
         self.sent.append(request)
+        if self.refuses is not None:
+            raise self.refuses
+        width = request.sampling.logprobs
         for place, token in enumerate(self.tokenizer.encode(self.answer, add_special_tokens=False)):
             if place == self.fail_after:
                 raise self.error
-            yield Delta((token,))
-        yield Delta((), "stop")
+            for index in range(request.sampling.n):
+                told = () if width is None else (TokenLogprob(token, -0.5, ((token, -0.5), (5, -math.inf))[:width]),)
+                yield Delta((token,), index=index, logprobs=told, cached_tokens=0 if place else 48)
+        for index in range(request.sampling.n):
+            yield Delta((), "stop", index)
 
     def transport(self) -> httpx.ASGITransport:
         return httpx.ASGITransport(self.api, raise_app_exceptions=False)
@@ -128,7 +136,8 @@ def test_a_completion_has_openais_shape(backend: Backend) -> None:
 def test_usage_counts_prompt_and_answer(backend: Backend) -> None:
     usage = backend.chat().json()["usage"]
     prompt, made = len(backend.sent[0].token_ids), len(ANSWER)
-    assert usage == {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    total = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+    assert usage == total | {"prompt_tokens_details": {"cached_tokens": 48}}
 
 
 def test_annotations_say_where_and_what_is_cited(backend: Backend) -> None:
@@ -205,6 +214,193 @@ def test_text_parts_are_joined(backend: Backend) -> None:
 def test_rag_can_be_turned_off_and_on(backend: Backend) -> None:
     assert backend.chat(rag={"enabled": False}).json()["metier"]["chunks"] == []
     assert backend.chat(model="small", rag={"knowledge": "docs"}).json()["metier"]["chunks"] == ["c0", "c1"]
+
+
+# -- how the answer is made
+
+OPENAI: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "presence_penalty": 0.1,
+    "frequency_penalty": -0.2,
+    "logit_bias": {"7": -3, "8": 2.5},
+    "seed": 11,
+    "stop": ["###", "END"],
+    "max_completion_tokens": 9,
+    "n": 2,
+}
+VLLM: dict[str, Any] = {"top_k": 40, "min_p": 0.05, "repetition_penalty": 1.1}
+
+
+def test_every_field_reaches_the_engine(backend: Backend) -> None:
+    assert backend.chat(**OPENAI, **VLLM).status_code == 200
+    sent = backend.sent[0].sampling
+    assert (sent.temperature, sent.top_p, sent.presence_penalty, sent.frequency_penalty) == (0.5, 0.9, 0.1, -0.2)
+    assert (sent.logit_bias, sent.seed, sent.stop) == (((7, -3.0), (8, 2.5)), 11, ("###", "END"))
+    assert (sent.max_tokens, sent.n, sent.top_k, sent.min_p, sent.repetition_penalty) == (9, 2, 40, 0.05, 1.1)
+
+
+def test_null_is_as_good_as_nothing(backend: Backend) -> None:
+    fields = [*OPENAI, *VLLM, "logprobs", "top_logprobs", "response_format", "structured_outputs"]
+    assert backend.chat(**dict.fromkeys(fields)).status_code == backend.chat().status_code == 200
+    assert backend.sent[0].sampling == backend.sent[1].sampling
+
+
+def test_one_stop_string_needs_no_list_and_is_cut(backend: Backend) -> None:
+    choice = backend.chat(stop=" [").json()["choices"][0]
+    assert backend.sent[0].sampling.stop == (" [",)
+    assert (choice["message"]["content"], choice["message"]["annotations"]) == ("5 crowns", [])
+    events = backend.events(stop=" [")
+    assert "".join(event["choices"][0]["delta"].get("content", "") for event in events[:-1]) == "5 crowns"
+
+
+def test_several_answers_are_several_choices(backend: Backend) -> None:
+    body = backend.chat(n=3, temperature=1.0).json()
+    assert [(choice["index"], choice["message"]["content"]) for choice in body["choices"]] == [
+        (index, ANSWER) for index in range(3)
+    ]
+    assert body["usage"]["completion_tokens"] == 3 * len(ANSWER)
+    assert all(choice["message"]["annotations"][0]["file_id"] == "fees" for choice in body["choices"])
+
+
+def test_streamed_choices_each_begin_and_end(backend: Backend) -> None:
+    *events, done = backend.events(n=2, temperature=1.0)
+    for index in range(2):
+        mine = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert mine[0]["delta"]["role"] == "assistant"
+        assert "".join(choice["delta"].get("content", "") for choice in mine) == ANSWER
+        assert [choice["finish_reason"] for choice in mine if choice["finish_reason"]] == ["stop"]
+        assert mine[-1]["delta"]["annotations"][0]["file_id"] == "fees"
+    assert (["metier" in event for event in events].count(True), "metier" in events[-1], done) == (1, True, "[DONE]")
+
+
+def test_a_decline_is_told_once_a_choice(backend: Backend) -> None:
+    backend.passages = ()
+    choices = backend.chat(n=2, temperature=1.0).json()["choices"]
+    assert [choice["message"]["content"] for choice in choices] == ["The documents do not say."] * 2
+
+
+def test_log_probabilities_have_openais_shape(backend: Backend) -> None:
+    backend.answer = "5 é"
+    content = backend.chat(logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == ["5", " ", "\ufffd", "\ufffd"]
+    assert bytes(byte for entry in content for byte in entry["bytes"]).decode() == "5 é"
+    first, second = content[0]["top_logprobs"]
+    assert (content[0]["logprob"], first["token"], first["logprob"], second["logprob"]) == (-0.5, "5", -0.5, -9999.0)
+    bare = backend.chat(logprobs=True).json()["choices"][0]["logprobs"]["content"]
+    assert [entry["top_logprobs"] for entry in bare] == [[]] * 4
+    assert backend.chat(logprobs=False).json()["choices"][0]["logprobs"] is None
+
+
+def test_streamed_log_probabilities_go_with_their_text(backend: Backend) -> None:
+    backend.answer = "5 é"
+    events = backend.events(logprobs=True, top_logprobs=1)
+    told = [
+        (choice["delta"]["content"], [entry["token"] for entry in choice["logprobs"]["content"]])
+        for event in events[:-1]
+        if (choice := event["choices"][0])["logprobs"]
+    ]
+    assert told == [("5", ["5"]), (" ", [" "]), ("é", ["\ufffd", "\ufffd"])]
+
+
+SCHEMA = {"type": "object", "properties": {"fee": {"type": "number"}}}
+
+
+@pytest.mark.parametrize(
+    ("body", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_object")),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "fee", "strict": True, "description": "what it costs", "schema": SCHEMA},
+                }
+            },
+            Grammar("json_schema", json.dumps(SCHEMA)),
+        ),
+        ({"structured_outputs": {"json": SCHEMA}}, Grammar("json_schema", json.dumps(SCHEMA))),
+        ({"structured_outputs": {"json": json.dumps(SCHEMA)}}, Grammar("json_schema", json.dumps(SCHEMA))),
+        ({"structured_outputs": {"regex": "[a-z]+"}}, Grammar("regex", "[a-z]+")),
+        ({"structured_outputs": {"choice": ["yes", "a.b"]}}, Grammar("regex", r"yes|a\.b")),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "text"}}, Grammar("regex", "a")),
+    ],
+    ids=str,
+)
+def test_the_form_of_the_answer_reaches_the_engine(
+    backend: Backend, body: dict[str, Any], grammar: Grammar | None
+) -> None:
+    assert backend.chat(**body).status_code == 200
+    assert backend.sent[0].sampling.grammar == grammar
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+        ({"structured_outputs": {"grammar": "root ::= a"}}, "structured_outputs.grammar"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"n": 10**6}, "n"),
+        ({"max_tokens": 10**9}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_tokens"),
+        ({"stop": ["x"] * 10_000}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"logit_bias": {"3": 200}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
+        ({"seed": 2**63}, "seed"),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_cannot_be_asked_of_the_generator_is_refused_by_field(
+    backend: Backend, body: dict[str, Any], param: str
+) -> None:
+    for stream in (False, True):
+        assert refused(backend.chat(stream=stream, **body), 400)["param"] == param
+    assert backend.sent == []
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ('"temperature": {}', "temperature"),
+        ('"top_p": {}', "top_p"),
+        ('"min_p": {}', "min_p"),
+        ('"presence_penalty": {}', "presence_penalty"),
+        ('"frequency_penalty": {}', "frequency_penalty"),
+        ('"repetition_penalty": {}', "repetition_penalty"),
+        ('"logit_bias": {{"1": {}}}', "logit_bias"),
+        ('"max_tokens": {}', "max_tokens"),
+        ('"seed": {}', "seed"),
+        ('"n": {}', "n"),
+        ('"rag": {{"top_k": {}}}', "rag.top_k"),
+        (
+            '"response_format": {{"type": "json_schema", "json_schema": {{"name": "x", "schema": {{"maximum": {}}}}}}}',
+            "response_format.json_schema",
+        ),
+    ],
+)
+def test_what_is_no_number_is_refused_by_field(backend: Backend, field: str, param: str, number: str) -> None:
+    messages = json.dumps(QUESTION)
+    content = f'{{"model": "support", "messages": {messages}, {field.format(number)}}}'.encode()
+    response = backend.call(
+        "POST", "/v1/chat/completions", content=content, headers={"content-type": "application/json"}
+    )
+    assert refused(response, 400)["param"] == param
+
+
+@pytest.mark.parametrize("asked", [{"response_format": {"type": "json_object"}}, {"logit_bias": {"3": 1}}], ids=str)
+def test_what_the_engine_refuses_keeps_its_status_in_a_stream_too(backend: Backend, asked: dict[str, Any]) -> None:
+    backend.refuses = BadInput("the schema cannot be used", param="response_format")
+    assert refused(backend.chat(stream=True, **asked), 400)["param"] == "response_format"
 
 
 # -- streams
@@ -295,7 +491,7 @@ def test_an_unknown_field_is_refused_by_name(backend: Backend, body: dict[str, A
     ("body", "param"),
     [
         ({"temperature": 3}, "temperature"),
-        ({"n": 2}, "n"),
+        ({"n": 5}, "n"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -415,6 +611,17 @@ def test_the_official_client_reads_a_stream(backend: Backend) -> None:
     assert usage.usage.completion_tokens == len(ANSWER)
 
 
+def test_the_official_client_reads_choices_and_log_probabilities(backend: Backend) -> None:
+    options: Any = {"n": 2, "temperature": 1.0, "logprobs": True, "top_logprobs": 1, "extra_body": {"top_k": 5}}
+    answer = official(
+        backend, lambda client: client.chat.completions.create(model="support", messages=QUESTION, **options)
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+    assert "".join(entry.token for entry in answer.choices[1].logprobs.content) == ANSWER
+    assert answer.usage.prompt_tokens_details.cached_tokens == 48
+    assert backend.sent[0].sampling.top_k == 5
+
+
 def test_the_official_client_lists_models(backend: Backend) -> None:
     page = official(backend, lambda client: client.models.list())
     assert {"small", "support"} <= {model.id for model in page.data}
@@ -425,7 +632,7 @@ def test_the_official_client_sees_errors_as_its_own(backend: Backend) -> None:
         official(backend, lambda client: client.chat.completions.create(model="nothing", messages=QUESTION))
     assert (unknown.value.code, unknown.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError):
-        official(backend, lambda client: client.chat.completions.create(model="support", messages=QUESTION, n=2))
+        official(backend, lambda client: client.chat.completions.create(model="support", messages=QUESTION, n=9))
 
 
 def test_the_official_client_sees_an_error_within_a_stream(backend: Backend) -> None:
@@ -471,6 +678,16 @@ def test_a_completion_is_of_openais_schema(backend: Backend) -> None:
 
 def test_every_chunk_is_of_openais_schema(backend: Backend) -> None:
     for event in backend.events(stream_options={"include_usage": True})[:-1]:
+        valid("CreateChatCompletionStreamResponse", event)
+
+
+def test_choices_with_log_probabilities_are_of_openais_schema(backend: Backend) -> None:
+    asked: dict[str, Any] = {"n": 2, "temperature": 1.0, "logprobs": True, "top_logprobs": 2}
+    body = backend.chat(**asked).json()
+    for choice in body["choices"]:
+        choice["message"]["annotations"] = []
+    valid("CreateChatCompletionResponse", body)
+    for event in backend.events(stream_options={"include_usage": True}, **asked)[:-1]:
         valid("CreateChatCompletionStreamResponse", event)
 
 

@@ -76,7 +76,7 @@ def test_both_queries_are_searched_the_rules_first(tokenizer: Any) -> None:
     pipeline = Pipeline(tokenizer, f"\n{WRITTEN}\nFive")
     done = pipeline.ask()
     assert pipeline.queries == [[RULE, WRITTEN]]
-    assert done.text == "3 crowns [1]"
+    assert done.answers[0].text == "3 crowns [1]"
     assert {"rewrite", "embed", "generate"} <= set(done.seconds)
     rewrite, answered = pipeline.requests
     assert (rewrite.adapter, rewrite.sampling, rewrite.stream) == (None, Sampling(module.REWRITE_TOKENS), False)
@@ -97,14 +97,14 @@ def test_by_rule_the_generator_is_not_asked(tokenizer: Any) -> None:
 @pytest.mark.parametrize("written", ["", "Five crowns.", "What do whales eat in winter?"])
 def test_what_is_no_question_about_this_is_not_searched(tokenizer: Any, written: str) -> None:
     pipeline = Pipeline(tokenizer, written)
-    assert pipeline.ask().text == "3 crowns [1]"
+    assert pipeline.ask().answers[0].text == "3 crowns [1]"
     assert pipeline.queries == [RULE]
 
 
 def test_an_engine_that_is_full_leaves_the_rule(tokenizer: Any) -> None:
     pipeline = Pipeline(tokenizer, WRITTEN)
     pipeline.error = Overloaded("full")
-    assert pipeline.ask().text == "3 crowns [1]"
+    assert pipeline.ask().answers[0].text == "3 crowns [1]"
     assert pipeline.queries == [RULE]
 
 
@@ -112,7 +112,7 @@ def test_an_engine_that_is_slow_leaves_the_rule_and_is_let_go(tokenizer: Any, mo
     monkeypatch.setattr(module, "REWRITE_SECONDS", 0.05)
     pipeline = Pipeline(tokenizer, WRITTEN)
     pipeline.hangs = True
-    assert pipeline.ask().text == "3 crowns [1]"
+    assert pipeline.ask().answers[0].text == "3 crowns [1]"
     assert pipeline.queries == [RULE]
     assert pipeline.closed == 2
 

@@ -1,0 +1,114 @@
+"""A model as the kernels hold it: tensors that stay where they are, and the structures that point at them."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from typing import Any
+
+import torch
+
+from cluster.errors import ConfigError
+from serving.engine.native.cache import PagedCache
+from serving.engine.native.fused import library as c
+from serving.engine.native.fused.packing import GROUP, pack
+from serving.engine.native.fused.shape import Shape, describe
+
+
+class Decoder:
+    """Weights, pages and places for adapters of one model.
+
+    ``sides[name][slot]`` is the adapter of a slot on the linear layer `name`; without rank there is none.
+    """
+
+    def __init__(self, model: Any, cache: PagedCache, *, context: int, slots: int, max_rank: int) -> None:
+        """Point at the weights of `model`, a causal LM of transformers on the CPU; nothing is copied but norms and angles.
+
+        Raises:
+            Unfit: the kernels do not compute this model.
+        """
+        shape = describe(model, context)
+        self.cache = cache
+        self.head = shape.head
+        self.weights: dict[str, tuple[torch.Tensor, ...]] = {
+            name: (module.weight.detach().contiguous(),) for name, module in shape.linears.items()
+        }
+        """Linear layer -> its weights, or packed ones and their scales."""
+        self.features = {name: (m.in_features, m.out_features) for name, m in shape.linears.items()}
+        self.sides = {name: (c.Side * slots)() for name in shape.linears if name != shape.head}
+        self.kept: list[Any] = [cache]
+        self.linears = (c.Linear * len(shape.linears))(
+            *(self._linear(name, module) for name, module in shape.linears.items())
+        )
+        self.structure = self._model(shape)
+        self.structure.slots, self.structure.max_rank = slots, max_rank
+
+    def open(self, kernels: Any, threads: int) -> Any:
+        """A handle of :func:`.library.load`'s `kernels` on this model; its threads end with this object."""
+        handle = kernels.metier_open(ctypes.byref(self.structure), threads)
+        weakref.finalize(self, kernels.metier_close, handle)
+        return handle
+
+    def pack(self, bits: int) -> None:
+        """Round the weights of all linears to 8 or 4 bits; the embedding keeps its own.
+
+        Raises:
+            ConfigError: a layer's inputs are no whole number of groups.
+        """
+        for linear, name in zip(self.linears, self.weights, strict=True):
+            (weight,) = self.weights[name]
+            if weight.shape[1] % GROUP:
+                raise ConfigError(
+                    f"serving.generator.quantization=int{bits} wants layers whose inputs are a multiple of {GROUP}, and "
+                    f"{name} has {weight.shape[1]}; use none",
+                    param="serving.generator.quantization",
+                )
+            packed, scales = self.weights[name] = pack(weight, bits)
+            linear.w, linear.scales, linear.kind = packed.data_ptr(), scales.data_ptr(), bits
+
+    @property
+    def bytes(self) -> int:
+        """What the weights take; an embedding that is also the output layer counts once."""
+        tensors = [each for pair in self.weights.values() for each in pair]
+        tensors += [each for each in self.kept if isinstance(each, torch.Tensor)]
+        return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _linear(self, name: str, module: Any) -> c.Linear:
+        return c.Linear(
+            w=self.weights[name][0].data_ptr(),
+            bias=None if module.bias is None else self._keep(module.bias.float()),
+            sides=ctypes.addressof(self.sides[name]) if name in self.sides else None,
+            inputs=module.in_features,
+            outputs=module.out_features,
+        )
+
+    def _model(self, shape: Shape) -> c.Model:
+        numbers = {name: number for number, name in enumerate(shape.linears)}
+        layers = (c.Layer * len(shape.blocks))()
+        for number, (layer, block) in enumerate(zip(layers, shape.blocks, strict=True)):
+            for name, view in block.views.items():
+                setattr(layer, name, c.View(numbers[view.linear], view.first, view.rows, 0))
+            for name, norm in block.norms.items():
+                setattr(layer, f"norm_{name}", self._keep(norm))
+            if block.angles is not None:
+                layer.cosine, layer.sine = map(self._keep, block.angles)
+            layer.keys, layer.values = self.cache.keys[number].data_ptr(), self.cache.values[number].data_ptr()
+            layer.window = block.window
+        self.kept.append(layers)
+        model = c.Model(
+            embedding=self._keep(shape.embedding),
+            norm=self._keep(shape.norm),
+            layer=ctypes.addressof(layers),
+            linear=ctypes.addressof(self.linears),
+            head=c.View(numbers[shape.head], 0, self.features[shape.head][1], 0),
+            wide=shape.embedding.dtype == torch.float32,
+            page_tokens=self.cache.page_tokens,
+        )
+        for name, value in shape.numbers.items():
+            setattr(model, name, value)
+        return model

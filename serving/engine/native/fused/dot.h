@@ -1,0 +1,167 @@
+// Dot products of rows: y[m][n] = sum_k x[m][k] * w[n][k], both with k contiguous, in blocks that stay in registers.
+//
+// x and w hold float or bfloat16; quant.h has int8 and int4. Where the processor has no instructions for bfloat16, it is
+// widened to float.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <immintrin.h>
+
+#define UNROLL _Pragma("GCC unroll 32") // what indexes registers must be unrolled whole
+
+typedef uint16_t bf16; // the upper half of a float
+
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+static inline void store(float *to, float x) { *to = x; }
+static inline void store(bf16 *to, float x) { // round to nearest even; what is not a number stays so
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *to = x != x ? 0x7fc0 : (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline __m512 load16(const float *x) { return _mm512_loadu_ps(x); }
+static inline __m512 load16(const bf16 *x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+static inline __m512 load16(const float *x, __mmask16 m) { return _mm512_maskz_loadu_ps(m, x); }
+static inline __m512 load16(const bf16 *x, __mmask16 m) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(m, x)), 16));
+}
+static inline void store16(float *to, __m512 x) { _mm512_storeu_ps(to, x); }
+static inline void store16(bf16 *to, __m512 x) {
+#ifdef __AVX512BF16__
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+#else
+    __m512i b = _mm512_castps_si512(x);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
+    b = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd), 16);
+    b = _mm512_mask_mov_epi32(b, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(b));
+#endif
+}
+
+// Lane j of the result is the sum of v[j]: a transposition that adds, 45 instructions for 16 sums.
+static inline __m512 sum16(const __m512 *v) {
+    __m512 u[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+        __m512 a = v[4 * j], b = v[4 * j + 1], c = v[4 * j + 2], d = v[4 * j + 3];
+        __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        u[j] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    }
+    __m512 w01 = _mm512_add_ps(_mm512_shuffle_f32x4(u[0], u[1], 0x44), _mm512_shuffle_f32x4(u[0], u[1], 0xee));
+    __m512 w23 = _mm512_add_ps(_mm512_shuffle_f32x4(u[2], u[3], 0x44), _mm512_shuffle_f32x4(u[2], u[3], 0xee));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(w01, w23, 0x88), _mm512_shuffle_f32x4(w01, w23, 0xdd));
+}
+
+// One step of a dot product: how much of k it takes, and how.
+template <class T> struct Step;
+template <> struct Step<float> {
+    static constexpr int K = 16;
+    typedef __m512 V;
+    static inline V load(const float *p) { return _mm512_loadu_ps(p); }
+    static inline V load(const float *p, int left) { return _mm512_maskz_loadu_ps((__mmask16)((1u << left) - 1), p); }
+    static inline __m512 add(__m512 acc, V a, V b) { return _mm512_fmadd_ps(a, b, acc); }
+};
+#ifdef __AVX512BF16__
+template <> struct Step<bf16> {
+    static constexpr int K = 32;
+    typedef __m512i V;
+    static inline V load(const bf16 *p) { return _mm512_loadu_si512(p); }
+    static inline V load(const bf16 *p, int left) {
+        return _mm512_maskz_loadu_epi16((__mmask32)((1ull << left) - 1), p);
+    }
+    static inline __m512 add(__m512 acc, V a, V b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+};
+#else
+template <> struct Step<bf16> {
+    static constexpr int K = 16;
+    typedef __m512 V;
+    static inline V load(const bf16 *p) { return load16(p); }
+    static inline V load(const bf16 *p, int left) { return load16(p, (__mmask16)((1u << left) - 1)); }
+    static inline __m512 add(__m512 acc, V a, V b) { return _mm512_fmadd_ps(a, b, acc); }
+};
+#endif
+
+// y[m * ldy + n] for M rows of x and N rows of w. AHEAD fetches the rows of w that come AHEAD_ROWS later: the hardware
+// does not follow several rows at once, and without it a pass over few tokens reads memory at half its speed.
+static constexpr int AHEAD_ROWS = 16;
+template <int M, int N, bool AHEAD, class T>
+static inline void block(const T *x, long ldx, const T *w, long ldw, int k, float *y, long ldy) {
+    __m512 acc[M * N];
+    UNROLL for (int i = 0; i < M * N; i++) acc[i] = _mm512_setzero_ps();
+    int i = 0;
+    for (; i + Step<T>::K <= k; i += Step<T>::K) {
+        typename Step<T>::V b[N];
+        UNROLL for (int n = 0; n < N; n++) {
+            b[n] = Step<T>::load(w + n * ldw + i);
+            if (AHEAD) __builtin_prefetch(w + (n + AHEAD_ROWS) * ldw + i);
+        }
+        UNROLL for (int m = 0; m < M; m++) {
+            typename Step<T>::V a = Step<T>::load(x + m * ldx + i);
+            UNROLL for (int n = 0; n < N; n++) acc[m * N + n] = Step<T>::add(acc[m * N + n], a, b[n]);
+        }
+    }
+    if (i < k) {
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int n = 0; n < N; n++)
+                acc[m * N + n] = Step<T>::add(acc[m * N + n], Step<T>::load(x + m * ldx + i, k - i),
+                                              Step<T>::load(w + n * ldw + i, k - i));
+    }
+    if (M * N >= 8) {
+        UNROLL for (int j = 0; j < M * N; j += 16) {
+            __m512 part[16];
+            UNROLL for (int l = 0; l < 16; l++) part[l] = j + l < M * N ? acc[j + l] : _mm512_setzero_ps();
+            alignas(64) float sums[16];
+            _mm512_store_ps(sums, sum16(part));
+            UNROLL for (int l = 0; l < 16; l++)
+                if (j + l < M * N) y[(j + l) / N * ldy + (j + l) % N] = sums[l];
+        }
+    } else {
+        UNROLL for (int j = 0; j < M * N; j++) y[j / N * ldy + j % N] = _mm512_reduce_add_ps(acc[j]);
+    }
+}
+
+template <int M, bool AHEAD, class T>
+static inline void rows(const T *x, long ldx, const T *w, long ldw, int n, int k, float *y, long ldy) {
+    int i = 0;
+    constexpr int N = M == 1 ? 16 : M == 2 ? 8 : M == 4 ? 4 : 3;
+    for (; i + N <= n; i += N) block<M, N, AHEAD>(x, ldx, w + i * ldw, ldw, k, y + i, ldy);
+    for (; i < n; i++) block<M, 1, AHEAD>(x, ldx, w + i * ldw, ldw, k, y + i, ldy);
+}
+
+// y[m * ldy + j] = x[m] . w[j] for all m < count and j < n.
+template <class T>
+static inline void dots(const T *x, long ldx, int count, const T *w, long ldw, int n, int k, float *y, long ldy) {
+    int m = count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
+    if (m == 8) rows<8, true>(x, ldx, w, ldw, n, k, y, ldy); // only the first block of tokens reads w from memory
+    else if (m == 4) rows<4, true>(x, ldx, w, ldw, n, k, y, ldy);
+    else if (m == 2) rows<2, true>(x, ldx, w, ldw, n, k, y, ldy);
+    else rows<1, true>(x, ldx, w, ldw, n, k, y, ldy);
+    for (; m + 8 <= count; m += 8) rows<8, false>(x + m * ldx, ldx, w, ldw, n, k, y + m * ldy, ldy);
+    if (count - m >= 4) {
+        rows<4, false>(x + m * ldx, ldx, w, ldw, n, k, y + m * ldy, ldy);
+        m += 4;
+    }
+    if (count - m >= 2) {
+        rows<2, false>(x + m * ldx, ldx, w, ldw, n, k, y + m * ldy, ldy);
+        m += 2;
+    }
+    if (count > m) rows<1, false>(x + m * ldx, ldx, w, ldw, n, k, y + m * ldy, ldy);
+}
+
+// Floats rounded to T.
+template <class T> static inline void store_row(T *to, const float *from, int n) {
+    int i = 0;
+    for (; i + 16 <= n; i += 16) store16(to + i, _mm512_loadu_ps(from + i));
+    for (; i < n; i++) store(to + i, from[i]);
+}
