@@ -11,6 +11,7 @@ import torch
 from cluster.errors import ConfigError
 from serving.engine.native.cache import PagedCache
 from serving.engine.native.fused import library as c
+from serving.engine.native.fused.memory import together, widen_pages
 from serving.engine.native.fused.packing import GROUP, pack
 from serving.engine.native.fused.shape import Shape, describe
 
@@ -21,8 +22,11 @@ class Decoder:
     ``sides[name][slot]`` is the adapter of a slot on the linear layer `name`; without rank there is none.
     """
 
-    def __init__(self, model: Any, cache: PagedCache, *, context: int, slots: int, max_rank: int) -> None:
-        """Point at the weights of `model`, a causal LM of transformers on the CPU; nothing is copied but norms and angles.
+    def __init__(self, model: Any, cache: PagedCache, *, context: int, slots: int, max_rank: int, packed: bool) -> None:
+        """Take the weights of `model`, a causal LM of transformers on the CPU.
+
+        Args:
+            packed: :meth:`pack` will follow; until then the model's own weights do.
 
         Raises:
             Unfit: the kernels do not compute this model.
@@ -34,13 +38,20 @@ class Decoder:
             name: (module.weight.detach().contiguous(),) for name, module in shape.linears.items()
         }
         """Linear layer -> its weights, or packed ones and their scales."""
+        embedding = shape.embedding.detach()
+        if not packed:
+            self._settle()
+            if shape.linears[shape.head].weight is shape.embedding:
+                (embedding,) = self.weights[shape.head]
+        for tensor in (*cache.keys, *cache.values):
+            widen_pages(tensor)
         self.features = {name: (m.in_features, m.out_features) for name, m in shape.linears.items()}
         self.sides = {name: (c.Side * slots)() for name in shape.linears if name != shape.head}
         self.kept: list[Any] = [cache]
         self.linears = (c.Linear * len(shape.linears))(
             *(self._linear(name, module) for name, module in shape.linears.items())
         )
-        self.structure = self._model(shape)
+        self.structure = self._model(shape, embedding)
         self.structure.slots, self.structure.max_rank = slots, max_rank
 
     def open(self, kernels: Any, threads: int) -> Any:
@@ -55,15 +66,16 @@ class Decoder:
         Raises:
             ConfigError: a layer's inputs are no whole number of groups.
         """
-        for linear, name in zip(self.linears, self.weights, strict=True):
-            (weight,) = self.weights[name]
+        for name, (weight, *_) in self.weights.items():
             if weight.shape[1] % GROUP:
                 raise ConfigError(
                     f"serving.generator.quantization=int{bits} wants layers whose inputs are a multiple of {GROUP}, and "
                     f"{name} has {weight.shape[1]}; use none",
                     param="serving.generator.quantization",
                 )
-            packed, scales = self.weights[name] = pack(weight, bits)
+            self.weights[name] = pack(weight, bits)
+        self._settle()
+        for linear, (packed, scales) in zip(self.linears, self.weights.values(), strict=True):
             linear.w, linear.scales, linear.kind = packed.data_ptr(), scales.data_ptr(), bits
 
     @property
@@ -72,6 +84,11 @@ class Decoder:
         tensors = [each for pair in self.weights.values() for each in pair]
         tensors += [each for each in self.kept if isinstance(each, torch.Tensor)]
         return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
+
+    def _settle(self) -> None:
+        """All weights in the order in which a pass reads them."""
+        copies = iter(together([each for tensors in self.weights.values() for each in tensors]))
+        self.weights = {name: tuple(next(copies) for _ in tensors) for name, tensors in self.weights.items()}
 
     def _keep(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()
@@ -87,7 +104,7 @@ class Decoder:
             outputs=module.out_features,
         )
 
-    def _model(self, shape: Shape) -> c.Model:
+    def _model(self, shape: Shape, embedding: torch.Tensor) -> c.Model:
         numbers = {name: number for number, name in enumerate(shape.linears)}
         layers = (c.Layer * len(shape.blocks))()
         for number, (layer, block) in enumerate(zip(layers, shape.blocks, strict=True)):
@@ -101,7 +118,7 @@ class Decoder:
             layer.window = block.window
         self.kept.append(layers)
         model = c.Model(
-            embedding=self._keep(shape.embedding),
+            embedding=self._keep(embedding),
             norm=self._keep(shape.norm),
             layer=ctypes.addressof(layers),
             linear=ctypes.addressof(self.linears),

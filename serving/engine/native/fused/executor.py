@@ -19,10 +19,11 @@ from serving.engine.native.cache import PagedCache
 from serving.engine.native.executor import Memory, Part
 from serving.engine.native.fused import library
 from serving.engine.native.fused.decoder import Decoder
+from serving.engine.native.fused.memory import together
 from serving.engine.native.fused.shape import Unfit
 from serving.engine.native.lora import LoraWeights
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {"none": 0, "int8": 8, "int4": 4}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """How far logits may be from those of transformers' modules, as a share of their norm; rounding differs, nothing else may."""
 
@@ -61,7 +62,8 @@ class FusedExecutor:
             raise Unfit(f"would lie in pages of {page_tokens} tokens, which are no multiple of 16")
         config, device = model.config.get_text_config(), torch.device("cpu")
         paged = PagedCache(config, pages=pages, page_tokens=page_tokens, dtype=model.dtype, device=device)
-        self.decoder = Decoder(model, paged, context=context, slots=slots, max_rank=max_rank)
+        bits = BITS[quantization]
+        self.decoder = Decoder(model, paged, context=context, slots=slots, max_rank=max_rank, packed=bits > 0)
         self.vocabulary = self.decoder.features[self.decoder.head][1]
         self.pages, self.page_tokens = pages, page_tokens
         self.dtype: torch.dtype = model.dtype
@@ -70,8 +72,8 @@ class FusedExecutor:
         self.adapters: dict[int, list[torch.Tensor]] = {}
         """Slot -> what its structures point at."""
         self._compare(model)
-        if quantization in BITS:
-            self.decoder.pack(BITS[quantization])
+        if bits:
+            self.decoder.pack(bits)
         self.memory = Memory(self.decoder.bytes, paged.bytes, adapter_bytes)
 
     @torch.inference_mode()
@@ -122,15 +124,15 @@ class FusedExecutor:
     def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         """See :meth:`.executor.Executor.load_adapter`."""
         self.clear_adapter(slot)
-        held = self.adapters[slot] = []
-        for name, (a, b) in weights.modules.items():
+        sides: list[torch.Tensor] = []
+        for a, b in weights.modules.values():
             outputs, rank = b.shape
             padded = torch.zeros(-(-outputs // 16) * 16, rank, dtype=self.dtype)
             padded[:outputs] = b
-            blocks = padded.view(-1, 16, rank).transpose(1, 2).contiguous()
-            rows = a.to(self.dtype).contiguous()
-            held += [rows, blocks]
-            self.decoder.sides[name][slot] = library.Side(rows.data_ptr(), blocks.data_ptr(), rank, 0)
+            sides += [a, padded.view(-1, 16, rank).transpose(1, 2)]
+        held = self.adapters[slot] = together(sides)
+        for name, rows, blocks in zip(weights.modules, held[::2], held[1::2], strict=True):
+            self.decoder.sides[name][slot] = library.Side(rows.data_ptr(), blocks.data_ptr(), len(rows), 0)
 
     def clear_adapter(self, slot: int) -> None:
         """See :meth:`.executor.Executor.clear_adapter`."""

@@ -43,12 +43,13 @@ static inline void quant_block(const int8_t *x, const float *xs, const int32_t *
                                const bf16 *ws, float *y, long ldy) {
     const int groups = k / GROUP;
     const long ldw = (long)groups * Packed<BITS>::BYTES, lds = (long)groups * Packed<BITS>::SCALES;
+    const long ahead = AHEAD ? ahead_of(ldw) : 0;
     __m512 acc[M * N];
     UNROLL for (int i = 0; i < M * N; i++) acc[i] = _mm512_setzero_ps();
     for (int g = 0; g < groups; g++) {
         UNROLL for (int n = 0; n < N; n++) {
             const uint8_t *p = w + n * ldw + g * Packed<BITS>::BYTES;
-            if (AHEAD) __builtin_prefetch(p + AHEAD_ROWS * ldw);
+            if (AHEAD) fetch(p, ahead);
             __m512i v;
             __m512 s;
             if (BITS == 8) {
