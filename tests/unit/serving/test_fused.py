@@ -143,6 +143,24 @@ def test_adapters_come_and_go(kernels: Path, tmp_path: Path) -> None:
     assert len({tuple(logits[0].tolist()) for logits in (plain, with_first, with_second)}) == 3
 
 
+def test_what_is_not_a_number_stays_with_its_own_sequence(kernels: Path) -> None:
+    """Neither the rows beside it nor the next owners of its pages see any of it."""
+    model = model_of("llama").bfloat16()
+    ours = executor(model, kernels)
+    ids = list(range(3, 40))
+    alone = ours.forward([Part(ids, 0, range(10))])
+    name = "model.layers.0.self_attn.v_proj"
+    huge = torch.full((2, 64), 1e30, dtype=torch.bfloat16), torch.full((32, 2), 1e30, dtype=torch.bfloat16)
+    ours.load_adapter(0, LoraWeights(2, {name: huge}))
+    broken, beside = ours.forward([Part(ids, 0, range(20, 30), 0), Part(ids, 0, range(10))])
+    assert not broken.isfinite().any()
+    assert torch.equal(beside, alone[0])
+    for length in (1, 2, 17, 36):
+        ours.forward([Part(ids[:length], 0, range(20, 30), logits=False)])
+        after = ours.forward([Part(ids[length:], length, range(20, 30))])
+        torch.testing.assert_close(after, alone, rtol=0.05, atol=0.05)
+
+
 def test_adapters_of_another_base_are_refused(kernels: Path) -> None:
     ours = executor(model_of("llama"), kernels)
     name = "model.layers.0.self_attn.q_proj"

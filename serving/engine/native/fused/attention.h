@@ -39,8 +39,6 @@ static inline float largest(const float *x, int n) {
     return _mm512_reduce_max_ps(acc);
 }
 
-template <class T> static constexpr int W = 4 / sizeof(T);
-
 struct Reach {
     const int32_t *pages;
     int page_tokens, kv_heads, first, last; // positions read: first ... last
@@ -63,22 +61,6 @@ static inline void write(const float *key, const float *value, T *keys, T *value
     for (int c = 0; c < d; c++) store(v + value_at(position, c, r.page_tokens, W<T>, d), value[c]);
     if (W<T> == 2 && end && position % 2 == 0)
         for (int c = 0; c < d; c++) v[value_at(position + 1, c, r.page_tokens, 2, d)] = 0;
-}
-
-// acc += 16 products of what a vector of pages holds with one number (or pair) for all of them.
-static inline __m512 step(__m512 acc, const float *page, const float *one) {
-    return _mm512_fmadd_ps(_mm512_loadu_ps(page), _mm512_set1_ps(*one), acc);
-}
-static inline __m512 step(__m512 acc, const bf16 *page, const bf16 *pair) {
-    int32_t both;
-    memcpy(&both, pair, 4);
-#ifdef __AVX512BF16__
-    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(page), (__m512bh)_mm512_set1_epi32(both));
-#else
-    __m512i v = _mm512_loadu_si512(page), b = _mm512_set1_epi32(both), upper = _mm512_set1_epi32(0xffff0000);
-    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), acc);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(v, upper)), _mm512_castsi512_ps(_mm512_and_si512(b, upper)), acc);
-#endif
 }
 
 // Scores of H heads with B x 16 keys of one page.

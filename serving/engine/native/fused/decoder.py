@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from cluster.errors import ConfigError
 from serving.engine.native.cache import PagedCache
 from serving.engine.native.fused import library as c
 from serving.engine.native.fused.memory import together, widen_pages
-from serving.engine.native.fused.packing import GROUP, pack
+from serving.engine.native.fused.packing import GROUP, pack, panels
 from serving.engine.native.fused.shape import Shape, describe
 
 
@@ -26,7 +27,7 @@ class Decoder:
         """Take the weights of `model`, a causal LM of transformers on the CPU.
 
         Args:
-            packed: :meth:`pack` will follow; until then the model's own weights do.
+            packed: :meth:`pack` will follow.
 
         Raises:
             Unfit: the kernels do not compute this model.
@@ -34,15 +35,13 @@ class Decoder:
         shape = describe(model, context)
         self.cache = cache
         self.head = shape.head
-        self.weights: dict[str, tuple[torch.Tensor, ...]] = {
-            name: (module.weight.detach().contiguous(),) for name, module in shape.linears.items()
-        }
-        """Linear layer -> its weights, or packed ones and their scales."""
-        embedding = shape.embedding.detach()
-        if not packed:
-            self._settle()
-            if shape.linears[shape.head].weight is shape.embedding:
-                (embedding,) = self.weights[shape.head]
+        originals = {name: module.weight.detach() for name, module in shape.linears.items()}
+        self.weights = _settle({name: (panels(weight),) for name, weight in originals.items()})
+        """Linear layer -> its weights in panels, or packed ones and their scales."""
+        self.originals = originals if packed else {}
+        """What :meth:`pack` rounds."""
+        tied = shape.linears[shape.head].weight is shape.embedding and not packed
+        embedding = self.weights[shape.head][0] if tied else shape.embedding
         for tensor in (*cache.keys, *cache.values):
             widen_pages(tensor)
         self.features = {name: (m.in_features, m.out_features) for name, m in shape.linears.items()}
@@ -52,6 +51,7 @@ class Decoder:
             *(self._linear(name, module) for name, module in shape.linears.items())
         )
         self.structure = self._model(shape, embedding)
+        self.structure.panels = tied
         self.structure.slots, self.structure.max_rank = slots, max_rank
 
     def open(self, kernels: Any, threads: int) -> Any:
@@ -66,15 +66,15 @@ class Decoder:
         Raises:
             ConfigError: a layer's inputs are no whole number of groups.
         """
-        for name, (weight, *_) in self.weights.items():
+        for name, weight in self.originals.items():
             if weight.shape[1] % GROUP:
                 raise ConfigError(
                     f"serving.generator.quantization=int{bits} wants layers whose inputs are a multiple of {GROUP}, and "
                     f"{name} has {weight.shape[1]}; use none",
                     param="serving.generator.quantization",
                 )
-            self.weights[name] = pack(weight, bits)
-        self._settle()
+        self.weights = _settle({name: pack(weight, bits) for name, weight in self.originals.items()})
+        self.originals = {}
         for linear, (packed, scales) in zip(self.linears, self.weights.values(), strict=True):
             linear.w, linear.scales, linear.kind = packed.data_ptr(), scales.data_ptr(), bits
 
@@ -84,11 +84,6 @@ class Decoder:
         tensors = [each for pair in self.weights.values() for each in pair]
         tensors += [each for each in self.kept if isinstance(each, torch.Tensor)]
         return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
-
-    def _settle(self) -> None:
-        """All weights in the order in which a pass reads them."""
-        copies = iter(together([each for tensors in self.weights.values() for each in tensors]))
-        self.weights = {name: tuple(next(copies) for _ in tensors) for name, tensors in self.weights.items()}
 
     def _keep(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()
@@ -129,3 +124,9 @@ class Decoder:
         for name, value in shape.numbers.items():
             setattr(model, name, value)
         return model
+
+
+def _settle(weights: Mapping[str, tuple[torch.Tensor, ...]]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Copies of all `weights` in the order in which a pass reads them."""
+    copies = iter(together([each for tensors in weights.values() for each in tensors]))
+    return {name: tuple(next(copies) for _ in tensors) for name, tensors in weights.items()}

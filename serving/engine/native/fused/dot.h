@@ -173,3 +173,70 @@ template <class T> static inline void store_row(T *to, const float *from, int n)
     for (; i + 16 <= n; i += 16) store16(to + i, _mm512_loadu_ps(from + i));
     for (; i < n; i++) store(to + i, from[i]);
 }
+
+// How many values fill 32 bits: one float, two bfloat16.
+template <class T> static constexpr int W = 4 / sizeof(T);
+
+// acc += a vector times one number (or pair) for all of it.
+static inline __m512 step(__m512 acc, const float *vector, const float *one) {
+    return _mm512_fmadd_ps(_mm512_loadu_ps(vector), _mm512_set1_ps(*one), acc);
+}
+static inline __m512 step(__m512 acc, const bf16 *vector, const bf16 *pair) {
+    int32_t both;
+    memcpy(&both, pair, 4);
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_loadu_si512(vector), (__m512bh)_mm512_set1_epi32(both));
+#else
+    __m512i v = _mm512_loadu_si512(vector), b = _mm512_set1_epi32(both), upper = _mm512_set1_epi32(0xffff0000);
+    acc = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(v, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(b, 16)), acc);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(v, upper)), _mm512_castsi512_ps(_mm512_and_si512(b, upper)), acc);
+#endif
+}
+
+// The same products with w in panels of 16 rows, [n / 16, k / W, 16, W]: a vector holds 16 rows, so nothing is added up
+// across it. This is how weights lie; `ldp` is the length of a panel.
+static constexpr int PANEL = 16, PANELS = 3;
+template <int M, int P, bool AHEAD, class T>
+static inline void panel_block(const T *x, long ldx, const T *w, long ldp, int k, float *y, long ldy) {
+    const long ahead = AHEAD ? ahead_of(ldp / PANEL * sizeof(T)) : 0;
+    __m512 acc[M * P];
+    UNROLL for (int i = 0; i < M * P; i++) acc[i] = _mm512_setzero_ps();
+    for (int c = 0; c < k; c += W<T>) {
+        UNROLL for (int p = 0; p < P; p++)
+            if (AHEAD) fetch(w + p * ldp + c * PANEL, ahead);
+        UNROLL for (int m = 0; m < M; m++)
+            UNROLL for (int p = 0; p < P; p++)
+                acc[m * P + p] = step(acc[m * P + p], w + p * ldp + c * PANEL, x + m * ldx + c);
+    }
+    UNROLL for (int m = 0; m < M; m++)
+        UNROLL for (int p = 0; p < P; p++) _mm512_storeu_ps(y + m * ldy + PANEL * p, acc[m * P + p]);
+}
+
+template <int P, class T>
+static inline void panel_rows(const T *x, long ldx, int count, const T *w, long ldp, int k, float *y, long ldy) {
+    int m = 0;
+    for (; m + 8 <= count; m += 8) {
+        if (m == 0) panel_block<8, P, true>(x, ldx, w, ldp, k, y, ldy); // only the first block reads w from memory
+        else panel_block<8, P, false>(x + m * ldx, ldx, w, ldp, k, y + m * ldy, ldy);
+    }
+    for (; m + 4 <= count; m += 4) {
+        if (m == 0) panel_block<4, P, true>(x, ldx, w, ldp, k, y, ldy);
+        else panel_block<4, P, false>(x + m * ldx, ldx, w, ldp, k, y + m * ldy, ldy);
+    }
+    for (; m + 2 <= count; m += 2) {
+        if (m == 0) panel_block<2, P, true>(x, ldx, w, ldp, k, y, ldy);
+        else panel_block<2, P, false>(x + m * ldx, ldx, w, ldp, k, y + m * ldy, ldy);
+    }
+    for (; m < count; m++) {
+        if (m == 0) panel_block<1, P, true>(x, ldx, w, ldp, k, y, ldy);
+        else panel_block<1, P, false>(x + m * ldx, ldx, w, ldp, k, y + m * ldy, ldy);
+    }
+}
+
+// For n rows of w, at most 48; y has room for whole panels.
+template <class T>
+static inline void panel_dots(const T *x, long ldx, int count, const T *w, long ldp, int n, int k, float *y, long ldy) {
+    if (n > 2 * PANEL) panel_rows<3>(x, ldx, count, w, ldp, k, y, ldy);
+    else if (n > PANEL) panel_rows<2>(x, ldx, count, w, ldp, k, y, ldy);
+    else panel_rows<1>(x, ldx, count, w, ldp, k, y, ldy);
+}

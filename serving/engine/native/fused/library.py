@@ -30,7 +30,7 @@ MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassocia
 FLAGS = ("-O3", "-march=native", "-std=c++17", *MATH, "-shared", "-fPIC", "-pthread", "-w")
 NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 """Instructions without which transformers' modules are faster: Cascade Lake, Ice Lake, Zen 4 and later have them."""
-VERSION = 1
+VERSION = 2
 """What ``metier_version`` answers."""
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Model(ctypes.Structure):
     _fields_ = [
         *[(name, Pointer) for name in ("embedding", "norm", "layer", "linear")],
         ("head", View),
-        ("wide", Int),
+        *[(name, Int) for name in ("wide", "panels", "unused")],
         *[(name, Int) for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "rotary", "inter", "context")],
         *[(name, Int) for name in ("page_tokens", "slots", "max_rank", "act")],
         *[(name, Float) for name in ("eps", "embedding_scale", "attention_scale", "attention_cap", "logit_cap")],
@@ -164,7 +164,10 @@ def _compile(file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         made = Path(scratch, "fused.so")
         source = Path(__file__).with_name("model.cpp")
-        done = subprocess.run([*compiler(), *FLAGS, str(source), "-o", str(made)], capture_output=True, text=True)
+        # The compiler of `ziglang` keeps what it makes of its own libraries; the home directory need not be writable.
+        kept = dict.fromkeys(("ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR"), scratch)
+        command = [*compiler(), *FLAGS, str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | kept)
         if done.returncode:
             raise Unavailable(
                 f"{compiler()[0]} could not make the CPU kernels: {done.stderr.strip()[:500]}; use another compiler "

@@ -19,7 +19,7 @@ struct Side { // one adapter in one linear layer
 };
 
 struct Linear {
-    const void *w;      // [out, in], or packed (quant.h)
+    const void *w;      // [out / 16, in / W, 16, W] (dot.h), or packed (quant.h)
     const bf16 *scales; // of packed weights
     const float *bias;  // [out] or none
     const Side *sides;  // [slots]
@@ -41,12 +41,14 @@ struct Layer {
 };
 
 struct Model {
-    const void *embedding; // [vocabulary, hidden]
+    const void *embedding; // [vocabulary, hidden], or in panels if it is also the head
     const float *norm;     // [hidden]
     const Layer *layer;
     const Linear *linear;
     View head;
-    int32_t wide; // 1: float, 0: bfloat16
+    int32_t wide;   // 1: float, 0: bfloat16
+    int32_t panels; // 1: the embedding lies in panels
+    int32_t unused;
     int32_t layers, hidden, heads, kv_heads, head_dim, rotary, inter, context, page_tokens, slots, max_rank, act;
     float eps, embedding_scale, attention_scale, attention_cap, logit_cap, logit_scale, residual_scale;
 };
@@ -65,7 +67,7 @@ struct Run { // neighbouring tokens of one adapter
 };
 
 static constexpr int TILE_TOKENS = 64;
-static constexpr int CHUNK = 48;
+static constexpr int CHUNK = PANEL * PANELS;
 static constexpr int MANY = 24; // tokens from which packed weights are unpacked once a pass
 
 struct Engine { // all zero at first
@@ -195,12 +197,11 @@ template <class T> struct Pass {
         e.pool.barrier(0);
     }
 
-    // Rows first ... first + n - 1 of a view as T: where they lie, or unpacked, or null if the pass is too short for that.
-    const T *plain(const View &view, int first, int n, int tokens, T *scratch) {
+    // Packed rows first ... first + n - 1 of a view as T, or null if the pass is too short for that.
+    const T *unpacked(const View &view, int first, int n, int tokens, T *scratch) {
         const Linear &l = linear(view);
         const long row = view.first + first, groups = l.in / GROUP;
-        if (l.kind == PLAIN) return (const T *)l.w + row * l.in;
-        if (tokens < MANY) return nullptr;
+        if (l.kind == PLAIN || tokens < MANY) return nullptr;
         if (l.kind == INT8) unpack<8>((const uint8_t *)l.w + row * groups * 64, l.scales + row * groups, n, l.in, scratch);
         else unpack<4>((const uint8_t *)l.w + row * groups * 32, l.scales + row * groups * 2, n, l.in, scratch);
         return scratch;
@@ -210,7 +211,8 @@ template <class T> struct Pass {
     void tile(const View &view, const T *weights, int index, const T *in, int from, int count, int first, int n, float *to) {
         const Linear &l = linear(view);
         const long row = view.first + first, groups = l.in / GROUP;
-        if (weights) dots(in + (long)from * l.in, l.in, count, weights, l.in, n, l.in, to, CHUNK);
+        if (l.kind == PLAIN) panel_dots(in + (long)from * l.in, l.in, count, (const T *)l.w + row * l.in, (long)l.in * PANEL, n, l.in, to, CHUNK);
+        else if (weights) dots(in + (long)from * l.in, l.in, count, weights, l.in, n, l.in, to, CHUNK);
         else if (l.kind == INT8)
             quant_dots<8>(e.rounded, from, count, (const uint8_t *)l.w + row * groups * 64, l.scales + row * groups, n, l.in, to, CHUNK);
         else
@@ -239,7 +241,7 @@ template <class T> struct Pass {
             for (; c >= chunks[v]; v++) c -= chunks[v];
             for (int i = v; i > 0 && views[i].linear == views[i - 1].linear; i--) shared++;
             int first = c * CHUNK, n = views[v].rows - first < CHUNK ? views[v].rows - first : CHUNK;
-            const T *weights = plain(views[v], first, n, tokens, scratch(thread, 0));
+            const T *weights = unpacked(views[v], first, n, tokens, scratch(thread, 0));
             for (int from = 0; from < tokens; from += TILE_TOKENS) {
                 int some = tokens - from < TILE_TOKENS ? tokens - from : TILE_TOKENS;
                 tile(views[v], weights, v - shared, in, from, some, first, n, buffer);
@@ -359,8 +361,8 @@ template <class T> struct Pass {
         const int same = layer.gate.linear == layer.up.linear ? 0 : 1, total = (m.inter + CHUNK - 1) / CHUNK;
         for (int64_t c; (c = e.pool.take()) < total;) {
             int first = c * CHUNK, n = m.inter - first < CHUNK ? m.inter - first : CHUNK;
-            const T *gates = plain(layer.gate, first, n, b.tokens, scratch(thread, 0));
-            const T *ups = plain(layer.up, first, n, b.tokens, scratch(thread, 1));
+            const T *gates = unpacked(layer.gate, first, n, b.tokens, scratch(thread, 0));
+            const T *ups = unpacked(layer.up, first, n, b.tokens, scratch(thread, 1));
             for (int from = 0; from < b.tokens; from += TILE_TOKENS) {
                 int some = b.tokens - from < TILE_TOKENS ? b.tokens - from : TILE_TOKENS;
                 tile(layer.gate, gates, 0, x(), from, some, first, n, gate);
@@ -376,8 +378,10 @@ template <class T> struct Pass {
 
     void embed() {
         for (int64_t t; (t = e.pool.take()) < b.tokens;) {
-            const T *from = (const T *)m.embedding + (long)b.ids[t] * m.hidden;
-            for (int j = 0; j < m.hidden; j++) e.h[t * m.hidden + j] = to_float(from[j]) * m.embedding_scale;
+            const T *table = (const T *)m.embedding, *row = table + (long)b.ids[t] * m.hidden;
+            const T *lane = table + (long)(b.ids[t] / PANEL) * PANEL * m.hidden + b.ids[t] % PANEL * W<T>;
+            for (int j = 0; j < m.hidden; j++)
+                e.h[t * m.hidden + j] = m.embedding_scale * to_float(m.panels ? lane[(long)(j / W<T>) * PANEL * W<T> + j % W<T>] : row[j]);
         }
         e.pool.barrier(0);
     }
@@ -438,7 +442,7 @@ static bool make_room(Engine &e, int tokens) {
 }
 
 extern "C" {
-int metier_version() { return 1; }
+int metier_version() { return 2; }
 
 size_t metier_sizes(int which) {
     const size_t sizes[] = {sizeof(Side), sizeof(Linear), sizeof(View), sizeof(Layer), sizeof(Model), sizeof(Batch)};

@@ -1,6 +1,6 @@
-"""Weights of 8 or 4 bits as the kernels read them (``quant.h`` has the layout).
+"""Weights as the kernels read them: in panels (``dot.h`` has the layout), or in 8 or 4 bits (``quant.h``).
 
-Symmetric, round to nearest: groups of 64 weights share a scale for int8, groups of 32 for int4, where of several scales
+Rounding is symmetric, to nearest: groups of 64 weights share a scale for int8, groups of 32 for int4, where of several scales
 around the largest weight the one with the least squared error is taken. Not covered: calibration on data.
 """
 
@@ -9,8 +9,17 @@ from __future__ import annotations
 import torch
 
 GROUP = 64
+PANEL = 16
 SHRINK = (1.0, 0.9, 0.8)
 """Shares of the largest weight of a group that are tried as its end of scale, with 4 bits."""
+
+
+def panels(weight: torch.Tensor) -> torch.Tensor:
+    """``weight [out, in]`` in panels of 16 rows, ``[out / 16, in / W, 16, W]`` where W values fill 32 bits; rows are filled up."""
+    outputs, inputs = weight.shape
+    lanes = 4 // weight.itemsize
+    padded = torch.nn.functional.pad(weight, (0, 0, 0, -outputs % PANEL))
+    return padded.view(-1, PANEL, inputs // lanes, lanes).transpose(1, 2)
 
 
 def pack(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

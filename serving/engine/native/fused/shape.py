@@ -89,8 +89,11 @@ def describe(model: Any, context: int) -> Shape:
     first = inner.layers[0].self_attn
     width = first.head_dim
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    if width % 16 or config.intermediate_size % 16:
-        raise Unfit(f"has heads of {width} and an inner size of {config.intermediate_size}, not both multiples of 16")
+    sizes = config.hidden_size, width, config.intermediate_size
+    if any(size % 16 for size in sizes):
+        raise Unfit(
+            "has a hidden size, heads and an inner size of {}, {} and {}, not all multiples of 16".format(*sizes)
+        )
     act = getattr(config, "hidden_activation", None) or config.hidden_act
     if act not in ACTS:
         raise Unfit(f"uses the activation {act}")
