@@ -30,6 +30,11 @@ MARKER = ".complete.json"
 """Says what a directory holds (`source`, `revision`, `created`); a directory without it is not finished."""
 
 
+def lock_file(target: Path) -> Path:
+    """What is locked while `target` is made; who removes it again locks it too."""
+    return target.parent / f".{target.name}.lock"
+
+
 def materialize(target: Path, make: Callable[[Path, Path], dict[str, Any]]) -> Path:
     """Return `target`, filling it first if it is not complete.
 
@@ -52,7 +57,7 @@ def materialize(target: Path, make: Callable[[Path, Path], dict[str, Any]]) -> P
             f"{target.parent} cannot be written and holds no finished {target.name}; use another directory"
         )
     try:
-        with FileLock(target.parent / f".{target.name}.lock"):
+        with FileLock(lock_file(target)):
             if not is_complete(target):
                 _make_and_rename(target, make)
     except MetierError:

@@ -36,7 +36,7 @@ from filelock import FileLock, Timeout
 
 from cluster.adapter_files import PEFT_FILES
 from cluster.errors import BadInput, NotFound
-from cluster.materialize import MARKER, is_complete, materialize
+from cluster.materialize import MARKER, is_complete, lock_file, materialize
 from cluster.registry import Registry, load_card
 from cluster.release import AdapterCard, short
 
@@ -126,7 +126,7 @@ class AdapterDisk:
     def _fetch(self, digest: str) -> None:
         directory = self.directory / digest
         if is_complete(directory):  # and yet not to be had: half removed by hand, or right now by somebody else
-            with FileLock(self._lock_file(digest)):
+            with FileLock(lock_file(directory)):
                 if not _is_whole(directory):
                     (directory / MARKER).unlink(missing_ok=True)
 
@@ -166,7 +166,7 @@ class AdapterDisk:
     def _remove(self, directory: Path) -> bool:
         """Remove an adapter that nobody reads; False if somebody does."""
         try:
-            with FileLock(self._lock_file(directory.name), timeout=0):
+            with FileLock(lock_file(directory), timeout=0):
                 handle = os.open(directory / MARKER, os.O_RDWR)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -183,12 +183,8 @@ class AdapterDisk:
     def _remove_leftovers(self) -> None:
         for leftover in self.directory.glob(".*.tmp"):
             if match := LEFTOVER.fullmatch(leftover.name):
-                with suppress(Timeout, OSError), FileLock(self._lock_file(match[1]), timeout=0):
+                with suppress(Timeout, OSError), FileLock(lock_file(self.directory / match[1]), timeout=0):
                     shutil.rmtree(leftover, ignore_errors=True)
-
-    def _lock_file(self, digest: str) -> Path:
-        """The one that :func:`cluster.materialize.materialize` holds while it fills the directory."""
-        return self.directory / f".{digest}.lock"
 
 
 def _is_whole(directory: Path) -> bool:

@@ -42,6 +42,7 @@ from cluster.errors import (
     ResourcesShort,
     Unavailable,
 )
+from cluster.machine import free_memory
 from cluster.vllm_files import RANKS, vllm_max_lora_rank
 from serving.engine.base import Delta, EngineStats, GenerateRequest, Sampling, TokenLogprob
 from serving.engine.limits import check_request
@@ -529,7 +530,6 @@ class VllmEngine:
         Args:
             text: the model's text config.
         """
-        import psutil
         import torch
 
         from serving.engine.native.cache import page_bytes
@@ -538,7 +538,7 @@ class VllmEngine:
             return self.settings.cache_bytes or None
         a_token = page_bytes(text, 1, getattr(torch, self.config.base.dtype))
         weights = sum(file.stat().st_size for file in self.directory.glob("*.safetensors"))
-        free = int((psutil.virtual_memory().available - weights) * self.settings.cache_share)
+        free = int((free_memory() - weights) * self.settings.cache_share)
         return min(free, a_token * self.config.base.context_tokens * self.settings.batch_size)
 
     def _hosted(self, text: Any) -> int:

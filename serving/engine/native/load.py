@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from cluster.config import Config
 from cluster.errors import ConfigError, ResourcesShort, Unavailable
+from cluster.machine import free_memory
 from cluster.models import LOADING
 from serving.engine.native.attention import register
 from serving.engine.native.cache import cache_pages
@@ -128,19 +128,8 @@ def eos_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of `device` that nobody holds; on the CPU within the limit of this container (cgroup v2)."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.is_file() and (most := limit.read_text().strip()) != "max":
-        held = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
-        # Files that were read lately count as held, and are dropped when memory is asked for.
-        used = (
-            int(limit.with_name("memory.current").read_text()) - int(held["inactive_file"]) - int(held["active_file"])
-        )
-        free = min(free, int(most) - used)
-    return free
+    """Memory of `device` that nobody holds."""
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory()
 
 
 def _quantized(kind: str, dtype: str) -> dict[str, Any]:
