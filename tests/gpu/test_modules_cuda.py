@@ -7,14 +7,16 @@ import torch
 
 from serving.engine.native.executor import Part
 from serving.engine.native.lora import LoraWeights
-from tests.unit.serving.test_modules import SHAPES, check_mixed_batch, executor, made
+from tests.decoders import SHAPES, check_mixed_batch, made
+from tests.unit.serving.test_modules import executor
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_a_mixed_batch_is_each_sequence_alone(kind: str, tmp_path: Path) -> None:
-    check_mixed_batch(kind, made(kind, **SHAPES[kind]).cuda(), tmp_path)
+    model = made(kind, **SHAPES[kind]).cuda()
+    check_mixed_batch(executor(model), kind, model, tmp_path)
 
 
 def test_sixty_four_adapters_decode_together() -> None:

@@ -1,6 +1,5 @@
 """Our kernels against transformers and PEFT, and against the weights they round."""
 
-import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from serving.engine.native.fused import library, packing
 from serving.engine.native.fused.executor import FusedExecutor
 from serving.engine.native.fused.shape import Unfit
 from serving.engine.native.lora import LoraWeights, read_lora
-from tests.unit.serving.test_modules import SHAPES, WINDOW, adapted, alone, made, rows, run
+from tests.decoders import SHAPES, WINDOW, adapted, alone, check_mixed_batch, made
 
 FITTING = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3"]
 OTHERS = ["mixtral", "gpt_neox", "gpt2", "opt", "gpt_oss", "cohere2"]
@@ -47,22 +46,8 @@ def model_of(kind: str, **settings: Any) -> Any:
 
 @pytest.mark.parametrize(("kind", "page_tokens"), [*((kind, 16) for kind in FITTING), ("llama", 32), ("mistral", 48)])
 def test_a_mixed_batch_is_each_sequence_alone(kind: str, page_tokens: int, kernels: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-
     model = model_of(kind)
-    ours = executor(model, kernels, page_tokens=page_tokens)
-    arms: dict[int | None, Any] = {None: model}
-    for slot, (_, directory) in enumerate(adapted(model, kind, tmp_path).items()):
-        weights = read_lora(directory, dtype=torch.float32, max_rank=8)
-        ours.check_adapter(weights)
-        ours.load_adapter(slot, weights)
-        arms[slot] = PeftModel.from_pretrained(copy.deepcopy(model), directory).eval()
-    batch = rows([*arms, *arms])
-    run(ours, batch, tokens=9)
-    for sequence in batch:
-        wanted = alone(arms[sequence.slot], sequence.prompt, sequence.made)
-        assert sequence.made == wanted.argmax(-1).tolist()
-        torch.testing.assert_close(torch.stack(sequence.logits), wanted, rtol=2e-4, atol=2e-4)
+    check_mixed_batch(executor(model, kernels, page_tokens=page_tokens), kind, model, tmp_path)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
