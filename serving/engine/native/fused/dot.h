@@ -63,6 +63,18 @@ static inline __m512 sum16(const __m512 *v) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(w01, w23, 0x88), _mm512_shuffle_f32x4(w01, w23, 0xdd));
 }
 
+// y[m * ldy + n] = the sum of acc[m * N + n].
+template <int M, int N> static inline void store_sums(const __m512 *acc, float *y, long ldy) {
+    UNROLL for (int j = 0; j < M * N; j += 16) {
+        __m512 part[16];
+        UNROLL for (int l = 0; l < 16; l++) part[l] = j + l < M * N ? acc[j + l] : _mm512_setzero_ps();
+        alignas(64) float sums[16];
+        _mm512_store_ps(sums, sum16(part));
+        UNROLL for (int l = 0; l < 16; l++)
+            if (j + l < M * N) y[(j + l) / N * ldy + (j + l) % N] = sums[l];
+    }
+}
+
 // One step of a dot product: how much of k it takes, and how.
 template <class T> struct Step;
 template <> struct Step<float> {
@@ -125,18 +137,7 @@ static inline void block(const T *x, long ldx, const T *w, long ldw, int k, floa
                 acc[m * N + n] = Step<T>::add(acc[m * N + n], Step<T>::load(x + m * ldx + i, k - i),
                                               Step<T>::load(w + n * ldw + i, k - i));
     }
-    if (M * N >= 8) {
-        UNROLL for (int j = 0; j < M * N; j += 16) {
-            __m512 part[16];
-            UNROLL for (int l = 0; l < 16; l++) part[l] = j + l < M * N ? acc[j + l] : _mm512_setzero_ps();
-            alignas(64) float sums[16];
-            _mm512_store_ps(sums, sum16(part));
-            UNROLL for (int l = 0; l < 16; l++)
-                if (j + l < M * N) y[(j + l) / N * ldy + (j + l) % N] = sums[l];
-        }
-    } else {
-        UNROLL for (int j = 0; j < M * N; j++) y[j / N * ldy + j % N] = _mm512_reduce_add_ps(acc[j]);
-    }
+    store_sums<M, N>(acc, y, ldy);
 }
 
 template <int M, bool AHEAD, class T>

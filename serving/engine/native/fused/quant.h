@@ -70,14 +70,7 @@ static inline void quant_block(const int8_t *x, const float *xs, const int32_t *
             }
         }
     }
-    UNROLL for (int j = 0; j < M * N; j += 16) {
-        __m512 part[16];
-        UNROLL for (int l = 0; l < 16; l++) part[l] = j + l < M * N ? acc[j + l] : _mm512_setzero_ps();
-        alignas(64) float sums[16];
-        _mm512_store_ps(sums, sum16(part));
-        UNROLL for (int l = 0; l < 16; l++)
-            if (j + l < M * N) y[(j + l) / N * ldy + (j + l) % N] = sums[l];
-    }
+    store_sums<M, N>(acc, y, ldy);
 }
 
 template <int BITS, int M, bool AHEAD>
