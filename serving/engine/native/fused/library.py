@@ -30,8 +30,6 @@ MATH = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassocia
 FLAGS = ("-O3", "-march=native", "-std=c++17", *MATH, "-shared", "-fPIC", "-pthread", "-w")
 NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"}
 """Instructions without which transformers' modules are faster: Cascade Lake, Ice Lake, Zen 4 and later have them."""
-VERSION = 2
-"""What ``metier_version`` answers."""
 
 log = logging.getLogger(__name__)
 Pointer = ctypes.c_void_p
@@ -108,8 +106,8 @@ def load(cache: Path) -> Any:
     library = ctypes.CDLL(str(file))
     library.metier_sizes.restype = ctypes.c_size_t
     for index, structure in enumerate((Side, Linear, View, Layer, Model, Batch)):
-        if library.metier_version() != VERSION or library.metier_sizes(index) != ctypes.sizeof(structure):
-            raise Unavailable(f"{file} is not of these sources; remove it")
+        if library.metier_sizes(index) != ctypes.sizeof(structure):
+            raise Unavailable(f"{file}: {structure.__name__} is laid out otherwise there; remove it")
     library.metier_open.restype = Pointer
     library.metier_open.argtypes = [ctypes.POINTER(Model), Int]
     library.metier_close.argtypes = [Pointer]

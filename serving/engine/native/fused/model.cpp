@@ -194,7 +194,7 @@ template <class T> struct Pass {
                 dots(in + (long)run.from * l.in, l.in, run.count, (const T *)side.a, l.in, side.rank, l.in,
                      e.low + run.from * e.ld_low + v * m.max_rank, e.ld_low);
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
     }
 
     // Packed rows first ... first + n - 1 of a view as T, or null if the pass is too short for that.
@@ -248,7 +248,7 @@ template <class T> struct Pass {
                 take(v, first, n, from, some, buffer);
             }
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
     }
 
     // What `view` gives is added to the residual stream, normalized before if the model does so.
@@ -267,7 +267,7 @@ template <class T> struct Pass {
             normalize(row, norm, m.hidden, m.eps, row);
             for (int j = 0; j < m.hidden; j++) h[j] += m.residual_scale * row[j];
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
     }
 
     void norm_input(const Linear &l, const float *weight) {
@@ -276,7 +276,7 @@ template <class T> struct Pass {
             normalize(e.h + t * m.hidden, weight, m.hidden, m.eps, row);
             input(l, t, row, x());
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
     }
 
     // Rows of type T that are already written: only packed weights want them once more, in int8.
@@ -289,7 +289,7 @@ template <class T> struct Pass {
             round_row(row, l.in, l.kind == INT8 ? 128 : 8, e.rounded.values + t * l.in, e.rounded.scales + t * groups,
                       e.rounded.lifts + t * groups * 16);
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
     }
 
     // Queries and keys turned; keys and values into their pages.
@@ -311,7 +311,7 @@ template <class T> struct Pass {
             for (int g = 0; g < m.kv_heads; g++)
                 write(row + (m.heads + g) * d, row + (heads + g) * d, (T *)layer.keys, (T *)layer.values, reach, g, position, d, end);
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
     }
 
     void attention(const Layer &layer, int thread) {
@@ -328,7 +328,7 @@ template <class T> struct Pass {
             attend((const T *)e.q + at, heads, (const T *)layer.keys, (const T *)layer.values, reach, first / group, d,
                    m.attention_scale, m.attention_cap, scores, e.ld_scores, (T *)e.att + at);
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
     }
 
     void layer(const Layer &layer, int thread) {
@@ -373,7 +373,7 @@ template <class T> struct Pass {
                 }
             }
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
     }
 
     void embed() {
@@ -383,7 +383,7 @@ template <class T> struct Pass {
             for (int j = 0; j < m.hidden; j++)
                 e.h[t * m.hidden + j] = m.embedding_scale * to_float(m.panels ? lane[(long)(j / W<T>) * PANEL * W<T> + j % W<T>] : row[j]);
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
     }
 
     void logits(int thread) {
@@ -393,7 +393,7 @@ template <class T> struct Pass {
             normalize(e.h + (long)b.want[i] * m.hidden, m.norm, m.hidden, m.eps, row);
             input(l, i, row, x());
         }
-        e.pool.barrier(0);
+        e.pool.barrier();
         multiply(&m.head, 1, x(), b.wanted, thread, [&](int, int first, int n, int from, int count, const float *tile) {
             for (int t = 0; t < count; t++)
                 for (int j = 0; j < n; j++) {
@@ -442,8 +442,6 @@ static bool make_room(Engine &e, int tokens) {
 }
 
 extern "C" {
-int metier_version() { return 2; }
-
 size_t metier_sizes(int which) {
     const size_t sizes[] = {sizeof(Side), sizeof(Linear), sizeof(View), sizeof(Layer), sizeof(Model), sizeof(Batch)};
     return sizes[which];

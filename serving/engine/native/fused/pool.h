@@ -74,7 +74,7 @@ struct Pool {
             seen = now;
             if (pool->stopping) return nullptr;
             pool->body(pool->argument, seat->index);
-            pool->barrier(seat->index);
+            pool->barrier();
         }
     }
 
@@ -85,12 +85,12 @@ struct Pool {
         next[0] = next[1] = 0;
         if (threads > 1) wake();
         function(context, 0);
-        barrier(0);
+        barrier();
     }
 
     // All threads meet; the counter of chunks starts anew. `next` alternates between two cells, so that resetting one
     // cannot race with a thread that still asks the other.
-    void barrier(int) {
+    void barrier() {
         if (threads == 1) {
             next[phase & 1] = 0;
             phase++;
