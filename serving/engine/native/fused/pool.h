@@ -4,6 +4,7 @@
 // out in chunks from a shared counter: a thread that loses its core for a moment is not waited for longer than a chunk.
 #pragma once
 
+#include <immintrin.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -11,18 +12,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-static inline void relax() {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    asm volatile("yield");
-#endif
-}
-
 struct Pool {
-    static constexpr int SPINS_ASLEEP = 4000;   // between passes: Python wants the core
-    static constexpr int SPINS_BARRIER = 1000;  // inside a pass; then others may have the core
-
+    static constexpr int SPINS_ASLEEP = 4000;  // between passes: Python wants the core
+    static constexpr int SPINS_BARRIER = 1000; // inside a pass; then others may have the core
     static constexpr int MOST = 256;
 
     // All zero at first.
@@ -68,7 +60,7 @@ struct Pool {
             uint32_t now;
             int spins = 0;
             while ((now = __atomic_load_n(&pool->round, __ATOMIC_ACQUIRE)) == seen) {
-                if (++spins < SPINS_ASLEEP) relax();
+                if (++spins < SPINS_ASLEEP) _mm_pause();
                 else syscall(SYS_futex, &pool->round, FUTEX_WAIT_PRIVATE, seen, nullptr, nullptr, 0);
             }
             seen = now;
@@ -104,7 +96,7 @@ struct Pool {
         } else {
             int spins = 0;
             while (__atomic_load_n(&phase, __ATOMIC_ACQUIRE) == current) {
-                relax();
+                _mm_pause();
                 if (++spins >= SPINS_BARRIER) sched_yield();
             }
         }
