@@ -76,6 +76,15 @@ def read_lora(directory: Path, *, dtype: torch.dtype, max_rank: int) -> LoraWeig
     return LoraWeights(rank, {name: (pair["A"], pair["B"]) for name, pair in sides.items()})
 
 
+def check_shape(name: str, a: torch.Tensor, b: torch.Tensor, inputs: int, outputs: int) -> None:
+    """Raise ``Mismatch`` if `a` and `b` do not adapt a layer of so many features."""
+    if (a.shape[1], b.shape[0]) != (inputs, outputs):
+        raise Mismatch(
+            f"the adapter's '{name}' maps {a.shape[1]} to {b.shape[0]} features, this base model's {inputs} to {outputs}; "
+            "serve its own base"
+        )
+
+
 @dataclass(frozen=True)
 class Run:
     """Tokens that lie together in a pass, and the rows of the adapters they use."""
@@ -169,11 +178,7 @@ class LoraBank:
                 raise Mismatch(
                     f"the adapter adapts '{name}', which is no linear layer of this base model; serve its own base"
                 )
-            if (a.shape[1], b.shape[0]) != (layer.a.shape[1], layer.b.shape[1]):
-                raise Mismatch(
-                    f"the adapter's '{name}' maps {a.shape[1]} to {b.shape[0]} features, this base model's "
-                    f"{layer.a.shape[1]} to {layer.b.shape[1]}; serve its own base"
-                )
+            check_shape(name, a, b, layer.a.shape[1], layer.b.shape[1])
 
     def load(self, slot: int, weights: LoraWeights) -> None:
         """Put `weights`, which fit, into `slot`, over whatever was there."""

@@ -140,32 +140,30 @@ static inline void block(const T *x, long ldx, const T *w, long ldw, int k, floa
     store_sums<M, N>(acc, y, ldy);
 }
 
-template <int M, bool AHEAD, class T>
-static inline void rows(const T *x, long ldx, const T *w, long ldw, int n, int k, float *y, long ldy) {
-    int i = 0;
+// Tokens m, m + 1, ... in blocks of M, as far as they go; returns the next one. Only the block of the first token reads w
+// from memory.
+template <int M, class T>
+static inline int rows(int m, const T *x, long ldx, int count, const T *w, long ldw, int n, int k, float *y, long ldy) {
     constexpr int N = M == 1 ? 16 : M == 2 ? 8 : M == 4 ? 4 : 3;
-    for (; i + N <= n; i += N) block<M, N, AHEAD>(x, ldx, w + i * ldw, ldw, k, y + i, ldy);
-    for (; i < n; i++) block<M, 1, AHEAD>(x, ldx, w + i * ldw, ldw, k, y + i, ldy);
+    for (; m + M <= count; m += M) {
+        int i = 0;
+        const T *from = x + m * ldx;
+        float *to = y + m * ldy;
+        if (m == 0)
+            for (; i + N <= n; i += N) block<M, N, true>(from, ldx, w + i * ldw, ldw, k, to + i, ldy);
+        for (; i + N <= n; i += N) block<M, N, false>(from, ldx, w + i * ldw, ldw, k, to + i, ldy);
+        for (; i < n; i++) block<M, 1, false>(from, ldx, w + i * ldw, ldw, k, to + i, ldy);
+    }
+    return m;
 }
 
 // y[m * ldy + j] = x[m] . w[j] for all m < count and j < n.
 template <class T>
 static inline void dots(const T *x, long ldx, int count, const T *w, long ldw, int n, int k, float *y, long ldy) {
-    int m = count >= 8 ? 8 : count >= 4 ? 4 : count >= 2 ? 2 : 1;
-    if (m == 8) rows<8, true>(x, ldx, w, ldw, n, k, y, ldy); // only the first block of tokens reads w from memory
-    else if (m == 4) rows<4, true>(x, ldx, w, ldw, n, k, y, ldy);
-    else if (m == 2) rows<2, true>(x, ldx, w, ldw, n, k, y, ldy);
-    else rows<1, true>(x, ldx, w, ldw, n, k, y, ldy);
-    for (; m + 8 <= count; m += 8) rows<8, false>(x + m * ldx, ldx, w, ldw, n, k, y + m * ldy, ldy);
-    if (count - m >= 4) {
-        rows<4, false>(x + m * ldx, ldx, w, ldw, n, k, y + m * ldy, ldy);
-        m += 4;
-    }
-    if (count - m >= 2) {
-        rows<2, false>(x + m * ldx, ldx, w, ldw, n, k, y + m * ldy, ldy);
-        m += 2;
-    }
-    if (count > m) rows<1, false>(x + m * ldx, ldx, w, ldw, n, k, y + m * ldy, ldy);
+    int m = rows<8>(0, x, ldx, count, w, ldw, n, k, y, ldy);
+    m = rows<4>(m, x, ldx, count, w, ldw, n, k, y, ldy);
+    m = rows<2>(m, x, ldx, count, w, ldw, n, k, y, ldy);
+    rows<1>(m, x, ldx, count, w, ldw, n, k, y, ldy);
 }
 
 // Floats rounded to T.
@@ -213,31 +211,27 @@ static inline void panel_block(const T *x, long ldx, const T *w, long ldp, int k
         UNROLL for (int p = 0; p < P; p++) _mm512_storeu_ps(y + m * ldy + PANEL * p, acc[m * P + p]);
 }
 
+template <int M, int P, class T>
+static inline int panel_rows(int m, const T *x, long ldx, int count, const T *w, long ldp, int k, float *y, long ldy) {
+    for (; m + M <= count; m += M) {
+        if (m == 0) panel_block<M, P, true>(x, ldx, w, ldp, k, y, ldy);
+        else panel_block<M, P, false>(x + m * ldx, ldx, w, ldp, k, y + m * ldy, ldy);
+    }
+    return m;
+}
+
 template <int P, class T>
-static inline void panel_rows(const T *x, long ldx, int count, const T *w, long ldp, int k, float *y, long ldy) {
-    int m = 0;
-    for (; m + 8 <= count; m += 8) {
-        if (m == 0) panel_block<8, P, true>(x, ldx, w, ldp, k, y, ldy); // only the first block reads w from memory
-        else panel_block<8, P, false>(x + m * ldx, ldx, w, ldp, k, y + m * ldy, ldy);
-    }
-    for (; m + 4 <= count; m += 4) {
-        if (m == 0) panel_block<4, P, true>(x, ldx, w, ldp, k, y, ldy);
-        else panel_block<4, P, false>(x + m * ldx, ldx, w, ldp, k, y + m * ldy, ldy);
-    }
-    for (; m + 2 <= count; m += 2) {
-        if (m == 0) panel_block<2, P, true>(x, ldx, w, ldp, k, y, ldy);
-        else panel_block<2, P, false>(x + m * ldx, ldx, w, ldp, k, y + m * ldy, ldy);
-    }
-    for (; m < count; m++) {
-        if (m == 0) panel_block<1, P, true>(x, ldx, w, ldp, k, y, ldy);
-        else panel_block<1, P, false>(x + m * ldx, ldx, w, ldp, k, y + m * ldy, ldy);
-    }
+static inline void panel_tokens(const T *x, long ldx, int count, const T *w, long ldp, int k, float *y, long ldy) {
+    int m = panel_rows<8, P>(0, x, ldx, count, w, ldp, k, y, ldy);
+    m = panel_rows<4, P>(m, x, ldx, count, w, ldp, k, y, ldy);
+    m = panel_rows<2, P>(m, x, ldx, count, w, ldp, k, y, ldy);
+    panel_rows<1, P>(m, x, ldx, count, w, ldp, k, y, ldy);
 }
 
 // For n rows of w, at most 48; y has room for whole panels.
 template <class T>
 static inline void panel_dots(const T *x, long ldx, int count, const T *w, long ldp, int n, int k, float *y, long ldy) {
-    if (n > 2 * PANEL) panel_rows<3>(x, ldx, count, w, ldp, k, y, ldy);
-    else if (n > PANEL) panel_rows<2>(x, ldx, count, w, ldp, k, y, ldy);
-    else panel_rows<1>(x, ldx, count, w, ldp, k, y, ldy);
+    if (n > 2 * PANEL) panel_tokens<3>(x, ldx, count, w, ldp, k, y, ldy);
+    else if (n > PANEL) panel_tokens<2>(x, ldx, count, w, ldp, k, y, ldy);
+    else panel_tokens<1>(x, ldx, count, w, ldp, k, y, ldy);
 }

@@ -21,7 +21,7 @@ from serving.engine.native.fused import library
 from serving.engine.native.fused.decoder import Decoder
 from serving.engine.native.fused.memory import together
 from serving.engine.native.fused.shape import Unfit
-from serving.engine.native.lora import LoraWeights
+from serving.engine.native.lora import LoraWeights, check_shape
 
 BITS = {"none": 0, "int8": 8, "int4": 4}
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -114,12 +114,7 @@ class FusedExecutor:
                     f"the adapter adapts '{name}', which is no linear layer in the blocks of this base model; serve its "
                     "own base, or leave it out of target_modules"
                 )
-            inputs, outputs = self.decoder.features[name]
-            if (a.shape[1], b.shape[0]) != (inputs, outputs):
-                raise Mismatch(
-                    f"the adapter's '{name}' maps {a.shape[1]} to {b.shape[0]} features, this base model's {inputs} to "
-                    f"{outputs}; serve its own base"
-                )
+            check_shape(name, a, b, *self.decoder.features[name])
 
     def load_adapter(self, slot: int, weights: LoraWeights) -> None:
         """See :meth:`.executor.Executor.load_adapter`."""

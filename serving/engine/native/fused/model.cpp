@@ -161,13 +161,16 @@ template <class T> struct Pass {
     T *x() { return (T *)e.x; }
     const Linear &linear(const View &v) const { return m.linear[v.linear]; }
 
+    // Row t of the input of `l` in int8.
+    void round(const Linear &l, long t, const float *row) {
+        const int groups = l.in / GROUP, offset = l.kind == INT8 ? Packed<8>::OFFSET : Packed<4>::OFFSET;
+        round_row(row, l.in, offset, e.rounded.values + t * l.in, e.rounded.scales + t * groups, e.rounded.lifts + t * groups * 16);
+    }
+
     // Row t of the input of `linear` from floats: rounded to T, which adapters read, and to int8 if its weights are packed.
     void input(const Linear &l, int t, const float *row, T *to) {
         store_row(to + (long)t * l.in, row, l.in);
-        if (l.kind == PLAIN) return;
-        int groups = l.in / GROUP;
-        round_row(row, l.in, l.kind == INT8 ? 128 : 8, e.rounded.values + (long)t * l.in, e.rounded.scales + (long)t * groups,
-                  e.rounded.lifts + (long)t * groups * 16);
+        if (l.kind != PLAIN) round(l, t, row);
     }
 
     // Room for unpacked rows: two chunks a thread.
@@ -283,11 +286,9 @@ template <class T> struct Pass {
     void round_again(const Linear &l, const T *rows) {
         if (l.kind == PLAIN) return;
         float row[l.in];
-        int groups = l.in / GROUP;
         for (int64_t t; (t = e.pool.take()) < b.tokens;) {
             for (int i = 0; i < l.in; i++) row[i] = to_float(rows[t * l.in + i]);
-            round_row(row, l.in, l.kind == INT8 ? 128 : 8, e.rounded.values + t * l.in, e.rounded.scales + t * groups,
-                      e.rounded.lifts + t * groups * 16);
+            round(l, t, row);
         }
         e.pool.barrier();
     }
