@@ -75,20 +75,34 @@ def made(kind: str, **settings: Any) -> Any:
     return model
 
 
-def adapted(model: Any, kind: str, directory: Path) -> dict[str, Path]:
-    """Directories of :data:`ADAPTERS` for `model`, neither side of them zero."""
+def random_adapter(base: Any, directory: Path, *, seed: int, scale: float = 0.2, **settings: Any) -> Any:
+    """Write a PEFT adapter of `base`, which stays as it is, to `directory`; no side of it is zero.
+
+    Args:
+        settings: of ``LoraConfig``.
+
+    Returns:
+        PEFT's model with it.
+    """
     from peft import LoraConfig, get_peft_model
 
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **settings))
+    chance = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = (torch.randn(parameter.shape, generator=chance) * scale).to(parameter)
+    model.save_pretrained(directory)
+    return model.eval()
+
+
+def adapted(model: Any, kind: str, directory: Path) -> dict[str, Path]:
+    """Directories of :data:`ADAPTERS` for `model`."""
     some, others = TARGETS.get(kind, (["q_proj", "v_proj", "down_proj"], ["o_proj", "gate_proj"]))
     targets = {"some": some, "others": others}
     for number, (name, settings) in enumerate(ADAPTERS.items()):
-        config = LoraConfig(**{"target_modules": targets.get(name), **settings, "task_type": "CAUSAL_LM"})
-        peft = get_peft_model(copy.deepcopy(model), config)
-        chance = torch.Generator().manual_seed(number)
-        for key, parameter in peft.named_parameters():
-            if "lora_" in key:
-                parameter.data = (torch.randn(parameter.shape, generator=chance) * 0.1).to(parameter)
-        peft.save_pretrained(directory / name)
+        random_adapter(
+            model, directory / name, seed=number, scale=0.1, **{"target_modules": targets.get(name), **settings}
+        )
     return {name: directory / name for name in ADAPTERS}
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 
 from cluster.config import Config, load
@@ -28,6 +29,7 @@ from cluster.models import base_ref, resolve
 from cluster.registry import AdapterVersion, Registry, ReleaseVersion
 from cluster.release import AdapterCard, AdapterRef, EmbedderRef, KnowledgeRef, Release, prompt_hash
 from cluster.storage import Storage
+from metier.__main__ import main
 
 LAMPS = {
     "alder": ("green", "three hours"),
@@ -260,6 +262,21 @@ class Ran:
     def json(self) -> Any:
         """Standard output, which must be one JSON document."""
         return json.loads(self.out)
+
+
+def verb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *argv: object, width: int) -> Ran:
+    """``metier ARGV …`` in this process, on a terminal so many columns wide."""
+    monkeypatch.setattr("sys.argv", ["metier", *map(str, argv)])
+    monkeypatch.setattr("metier.console.out.width", width)
+    capsys.readouterr()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    said = capsys.readouterr()
+    return Ran(int(ended.value.code or 0), said.out, said.err)
 
 
 @dataclass

@@ -6,7 +6,6 @@ vLLM runs it in an environment of its own, in ``test_vllm_engine``.
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 from cluster.config import Config
 from tests.contract.engine_cases import CASES, Case, Subject
+from tests.decoders import random_adapter
 
 PROMPTS = tuple(tuple((7 * n + 31 * k) % 250 + 3 for k in range(12 + 9 * n)) for n in range(6))
 SHAPES: dict[str, dict[str, Any]] = {
@@ -38,7 +38,6 @@ Expected = Callable[[tuple[int, ...], str | None, int], list[int]]
 def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str | None, Any]]:
     """Directories of the adapters, and the model that transformers and PEFT make of each (``None``: of none)."""
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
@@ -46,15 +45,8 @@ def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     directories: dict[str, Path] = {}
     alone: dict[str | None, Any] = {None: base}
     for number, (digest, shape) in enumerate(SHAPES.items()):
-        config = LoraConfig(lora_alpha=2 * shape["r"], task_type="CAUSAL_LM", **shape)
-        model = get_peft_model(copy.deepcopy(base), config)
-        chance = torch.Generator().manual_seed(number)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=chance) * 0.2
         directories[digest] = tmp_path_factory.mktemp("adapters") / digest[:1]
-        model.save_pretrained(directories[digest])
-        alone[digest] = model.eval()
+        alone[digest] = random_adapter(base, directories[digest], seed=number, lora_alpha=2 * shape["r"], **shape)
     return directories, alone
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,8 @@ import yaml
 from cluster.config import load
 from cluster.registry import Registry
 from cluster.storage import Storage
-from metier.__main__ import main
 from retrieval.embedded import serve
+from tests import trade
 from tests.knowledge import tiny_embedder
 from tests.trade import Ran
 
@@ -32,17 +31,7 @@ class Terminal:
         return self.directory / "metier.yaml"
 
     def __call__(self, *verb: object, group: str = "knowledge") -> Ran:
-        self.monkeypatch.setattr("sys.argv", ["metier", group, *map(str, verb), "-c", str(self.file)])
-        self.monkeypatch.setattr("metier.console.out.width", 80)
-        self.capsys.readouterr()
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        said = self.capsys.readouterr()
-        return Ran(int(ended.value.code or 0), said.out, said.err)
+        return trade.verb(self.monkeypatch, self.capsys, group, *verb, "-c", self.file, width=80)
 
     def write(self, **documents: str) -> None:
         for name, text in documents.items():

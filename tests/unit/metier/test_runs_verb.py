@@ -28,7 +28,6 @@ from cluster.config import Config, load
 from cluster.errors import MetierError, Unavailable
 from cluster.release import BaseRef
 from cluster.storage import Storage
-from metier.__main__ import main
 from tests import trade
 from tests.trade import Ran, wait_for
 from training import runs
@@ -59,18 +58,8 @@ class Terminal:
         self.monkeypatch, self.capsys = monkeypatch, capsys
 
     def __call__(self, *verb: object, group: str | None = "runs") -> Ran:
-        argv = ["metier", *([group] if group else []), *map(str, verb), "-c", str(self.file)]
-        self.monkeypatch.setattr("sys.argv", argv)
-        self.monkeypatch.setattr("metier.console.out.width", 200)
-        self.capsys.readouterr()
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        said = self.capsys.readouterr()
-        return Ran(int(ended.value.code or 0), said.out, said.err)
+        groups = [group] if group else []
+        return trade.verb(self.monkeypatch, self.capsys, *groups, *verb, "-c", self.file, width=200)
 
     def train(self, name: str, *overrides: str, slope: float = 0.1, ref: str = "lamps@1") -> None:
         """A run of `name` that was trained for ten steps and published."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.decoders import random_adapter
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "a" * 64: {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]},
@@ -27,18 +28,9 @@ def base_model(tiny_llama: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def adapters(base_model: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Digest -> directory of a PEFT adapter; neither side of it is zero."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-
+    """Digest -> directory of a PEFT adapter."""
     made = {}
     for number, (digest, shape) in enumerate(ADAPTERS.items()):
-        config = LoraConfig(lora_alpha=2 * shape["r"], task_type="CAUSAL_LM", **shape)
-        model = get_peft_model(copy.deepcopy(base_model), config)
-        chance = torch.Generator().manual_seed(number)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=chance) * 0.2
         made[digest] = tmp_path_factory.mktemp("adapters") / digest[:1]
-        model.save_pretrained(made[digest])
+        random_adapter(base_model, made[digest], seed=number, lora_alpha=2 * shape["r"], **shape)
     return made

@@ -15,6 +15,7 @@ from cluster.registry import Registry
 from cluster.release import DatasetRef, KnowledgeRef, prompt_hash
 from cluster.storage import Storage
 from cluster.vllm_files import vllm_max_lora_rank
+from tests.decoders import random_adapter
 from training.publish import Origin, publish, settings, source_digest
 
 EVENTS = [{"step": n, "loss": 4.0 - n, "seconds": 2.0 * n, "tokens_per_s": 50.0} for n in (1, 2, 3)]
@@ -30,20 +31,14 @@ def registry(tmp_path: Path) -> Registry:
 @pytest.fixture(scope="module")
 def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Any]]:
     """``trained("rslora")``: the files a worker saves at the end, and the model it had then."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     def train(variant: str = "plain") -> tuple[Path, Any]:
         base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
         flags = {"plain": {}, "rslora": {"use_rslora": True}, "dora": {"use_dora": True}}[variant]
-        lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **flags)
-        model = get_peft_model(base, lora).eval()
-        chance = torch.Generator().manual_seed(3)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn(parameter.shape, generator=chance) * 0.1
         directory = tmp_path_factory.mktemp("final")
-        model.save_pretrained(directory)
+        shape = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", **flags}
+        model = random_adapter(base, directory, seed=3, scale=0.1, **shape)
         (directory / "training_args.bin").write_bytes(b"pickle")
         return directory, model
 
