@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cluster.knowledge import EmbedderState
 from cluster.registry import Registry
 from cluster.storage import Storage
 from retrieval.embed import Vectors
+from retrieval.embedded import serve
 from retrieval.filters import And, Condition, live
 from retrieval.ingest import IngestReport, apply, ingest
 from retrieval.knowledge import collections
@@ -26,6 +28,16 @@ from retrieval.store import Store
 from retrieval.types import Document, Passage, Principal, Snapshot
 
 ALL = And(())
+
+
+@contextmanager
+def own_store(directory: Path) -> Iterator[Store]:
+    """A store on an embedded Milvus of its own, which ends with it."""
+    config = StoreConfig(data_dir=str(directory))
+    with serve(config) as uri:
+        store = Store(config, uri)
+        yield store
+        store.close()
 
 
 class WordEmbedder:

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import PromptConfig, RetrievalConfig, StoreConfig
+from cluster.config import PromptConfig, RetrievalConfig
 from cluster.errors import Mismatch, NotFound
 from cluster.release import BaseRef, EmbedderRef, KnowledgeRef, Release
 from retrieval import knowledge
-from retrieval.embedded import serve
 from retrieval.filters import Compare
 from retrieval.forget import forget, undo
 from retrieval.store import Store, physical
 from retrieval.types import Principal
-from tests.knowledge import Killed, KilledStore, Shelf, WordEmbedder
+from tests.knowledge import Killed, KilledStore, Shelf, WordEmbedder, own_store
 
 SECRET = Compare("doc_id", "==", "secret")
 BASE = BaseRef(source="tiny:llama", dtype="float32", tokenizer="t", chat_template="c", architecture="a")
@@ -25,11 +24,8 @@ BASE = BaseRef(source="tiny:llama", dtype="float32", tokenizer="t", chat_templat
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    config = StoreConfig(data_dir=str(tmp_path_factory.mktemp("milvus")))
-    with serve(config) as uri:
-        store = Store(config, uri)
+    with own_store(tmp_path_factory.mktemp("milvus")) as store:
         yield store
-        store.close()
 
 
 @pytest.fixture

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 
-from cluster.config import Config, EmbedderConfig, IndexConfig, RetrievalConfig, StoreConfig
+from cluster.config import Config, EmbedderConfig, IndexConfig, RetrievalConfig
 from cluster.errors import Mismatch, NotFound
 from cluster.models import resolve
 from retrieval import knowledge
 from retrieval import reindex as reindexing
 from retrieval.embed import Embedder
-from retrieval.embedded import serve
 from retrieval.embedders import Embedders
 from retrieval.filters import Compare
 from retrieval.forget import forget
@@ -25,18 +24,15 @@ from retrieval.reindex import abort, reindex
 from retrieval.retriever import Retriever
 from retrieval.store import PAGE, Store, physical
 from retrieval.types import Principal, Retrieved, Snapshot
-from tests.knowledge import ALL, Killed, KilledStore, Shelf, WordEmbedder, tiny_embedder
+from tests.knowledge import ALL, Killed, KilledStore, Shelf, WordEmbedder, own_store, tiny_embedder
 
 SMALL = WordEmbedder(32, "small")
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
-    config = StoreConfig(data_dir=str(tmp_path_factory.mktemp("milvus")))
-    with serve(config) as uri:
-        store = Store(config, uri)
+    with own_store(tmp_path_factory.mktemp("milvus")) as store:
         yield store
-        store.close()
 
 
 @pytest.fixture
